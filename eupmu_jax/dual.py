@@ -1,0 +1,248 @@
+"""The multiplier: its state, the violation that drives it, and the projected dual step."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from eupmu_jax.losses import Losses, is_usable, objective
+
+
+class SurgeryState(NamedTuple):
+    """All that implicit surgery remembers: O(K) scalars, in the multiplier's dtype.
+
+    The losses are those of the last applied step, so a lagged violation has its predecessor.
+    """
+
+    multiplier: jax.Array
+    dual_state: Any
+    forget_loss: jax.Array
+    retain_loss: jax.Array
+    violation: jax.Array
+    applied_steps: jax.Array
+    skipped_steps: jax.Array
+
+
+class SurgeryInfo(NamedTuple):
+    """What the last applied step saw; see `surgery_info`."""
+
+    forget_loss: jax.Array
+    retain_loss: jax.Array
+    violation: jax.Array
+    multiplier: jax.Array
+    skipped_steps: jax.Array
+
+
+class Dual(NamedTuple):
+    """The settings of the dual side, checked once; `log_losses` says what the tolerance bounds."""
+
+    tolerance: Any
+    optimizer: optax.GradientTransformationExtraArgs
+    initial_multiplier: Any
+    log_losses: bool
+    normalize_weights: bool
+
+
+def default_dual_optimizer() -> optax.GradientTransformation:
+    return optax.adam(0.05)
+
+
+def make_dual(tolerance, dual_optimizer, initial_multiplier, log_losses, normalize_weights) -> Dual:
+    """Checks what is concrete (a traced hyper-parameter is taken as it is) and fills the defaults."""
+    check_tolerance(tolerance, np.shape(initial_multiplier))
+    if np.ndim(initial_multiplier) > 1:
+        raise ValueError(
+            f"initial_multiplier must be a scalar or of shape [K], got shape {np.shape(initial_multiplier)}"
+        )
+    if not isinstance(initial_multiplier, jax.core.Tracer):
+        concrete = np.asarray(initial_multiplier, np.float64)
+        if not (np.all(np.isfinite(concrete)) and np.all(concrete >= 0)):
+            raise ValueError(f"initial_multiplier must be finite and >= 0, got {initial_multiplier}")
+    if dual_optimizer is None:
+        dual_optimizer = default_dual_optimizer()
+    check_transformation(dual_optimizer, "dual_optimizer")
+    return Dual(
+        tolerance,
+        optax.with_extra_args_support(dual_optimizer),
+        initial_multiplier,
+        True if log_losses is None else bool(log_losses),
+        True if normalize_weights is None else bool(normalize_weights),
+    )
+
+
+def check_transformation(transformation, name: str) -> None:
+    if not isinstance(transformation, optax.GradientTransformation):
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation (or None), "
+            f"got {type(transformation).__name__}"
+        )
+
+
+def check_tolerance(tolerance, utilities: tuple[int, ...]) -> None:
+    """ValueError for a tolerance that is not finite or fits no retain loss of shape `utilities`."""
+    if callable(tolerance):
+        return
+    if np.shape(tolerance) not in ((), utilities):
+        raise ValueError(
+            f"tolerance must be a scalar or have the shape {utilities} of the multiplier, "
+            f"got shape {np.shape(tolerance)}"
+        )
+    if not isinstance(tolerance, jax.core.Tracer) and not np.all(np.isfinite(np.asarray(tolerance, np.float64))):
+        raise ValueError(f"tolerance must be finite, got {tolerance}")
+
+
+def init(dual: Dual) -> SurgeryState:
+    """lambda_0, and zeros for what has not been observed yet."""
+    given = dual.initial_multiplier
+    wide = getattr(given, "dtype", None) == np.float64 and jax.config.jax_enable_x64
+    # A copy: the state may be donated, the caller's array and the dual state must survive that.
+    multiplier = jnp.array(given, jnp.float64 if wide else jnp.float32, copy=True)
+    return SurgeryState(
+        multiplier=multiplier,
+        dual_state=dual.optimizer.init(jnp.copy(multiplier)),
+        forget_loss=jnp.zeros([], multiplier.dtype),
+        retain_loss=jnp.zeros_like(multiplier),
+        violation=jnp.zeros_like(multiplier),
+        applied_steps=jnp.zeros([], jnp.int32),
+        skipped_steps=jnp.zeros([], jnp.int32),
+    )
+
+
+def tolerance_at(dual: Dual, step: jax.Array, dtype) -> jax.Array:
+    """eps_t, shape [] or [K]."""
+    tolerance = dual.tolerance(step) if callable(dual.tolerance) else dual.tolerance
+    check_tolerance(tolerance, np.shape(dual.initial_multiplier))
+    return jnp.asarray(tolerance, dtype)
+
+
+def violation(before: jax.Array, after: jax.Array, tolerance: jax.Array, log_losses: bool) -> jax.Array:
+    """R_after - R_before - eps (of logarithms in log space): signed, <= 0 means satisfied."""
+    return objective(after, log_losses) - objective(before, log_losses) - tolerance
+
+
+def ascend(dual: Dual, state: SurgeryState, violation: jax.Array) -> SurgeryState:
+    """lambda_{t+1} = max(0, dual step from lambda_t along the violation)."""
+    violation = violation.astype(state.multiplier.dtype)
+    updates, dual_state = dual.optimizer.update(-violation, state.dual_state, state.multiplier)
+    multiplier = optax.apply_updates(state.multiplier, updates)
+    return state._replace(
+        multiplier=jnp.maximum(multiplier, jnp.zeros_like(multiplier)),
+        dual_state=dual_state,
+        violation=violation,
+    )
+
+
+def ascend_lagged(dual: Dual, state: SurgeryState, losses: Losses) -> SurgeryState:
+    """The dual step along R_t - R_{t-1} - eps_{t-1}; none while there is no R_{t-1}."""
+    dtype = losses.retain.dtype
+    lagged = violation(
+        state.retain_loss.astype(dtype),
+        losses.retain,
+        tolerance_at(dual, state.applied_steps - 1, dtype),
+        dual.log_losses,
+    )
+    return select(state.applied_steps > 0, ascend(dual, state, lagged), state)
+
+
+def accept(state: SurgeryState, losses: Losses) -> SurgeryState:
+    """`state` after a step that was applied at these losses."""
+    return state._replace(
+        forget_loss=losses.forget.astype(state.forget_loss.dtype),
+        retain_loss=losses.retain.astype(state.retain_loss.dtype),
+        applied_steps=optax.safe_increment(state.applied_steps),
+    )
+
+
+def skip(state: SurgeryState) -> SurgeryState:
+    """`state` after a step that was not applied: everything kept, the step counted."""
+    return state._replace(skipped_steps=optax.safe_increment(state.skipped_steps))
+
+
+def select(condition: jax.Array, yes: SurgeryState, no: SurgeryState) -> SurgeryState:
+    """`yes` where the condition (bool []) holds, else `no`: scalars only, so no buffer is copied."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def find(state: Any) -> SurgeryState:
+    """The one SurgeryState inside an optimiser's state; ValueError if there is none or several."""
+    is_surgery = lambda node: isinstance(node, SurgeryState)
+    found = [node for node in jax.tree.leaves(state, is_leaf=is_surgery) if is_surgery(node)]
+    if len(found) != 1:
+        raise ValueError(
+            f"expected exactly one state of eupmu or implicit_surgery in the optimiser's state, "
+            f"found {len(found)} in {type(state).__name__}"
+            + (": pass the sub-state of the one you mean" if found else "")
+        )
+    return found[0]
+
+
+def multiplier(state: Any) -> jax.Array:
+    """The multiplier that the next gradient is weighted with, wherever it sits in `state`.
+
+    After update t it is lambda_{t+1} for the look-ahead and directional measures and for
+    `implicit_surgery`. The lagged measure of `eupmu` takes its dual step at the start of a step, so
+    there it is the lambda_t that update t used.
+
+    Args:
+      state: the state of `eupmu` or `implicit_surgery`, or of any chain, mask, partition,
+        inject_hyperparams, ... around one of them. For an nnx.Optimizer pass
+        ``nnx.as_pure(optimizer.opt_state)``.
+
+    Returns:
+      float32 (float64 where initial_multiplier is), shape [] or [K]; >= 0.
+
+    Raises:
+      ValueError: if there is no such state, or more than one.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import eupmu_jax as eu
+      >>> tx = optax.chain(eu.implicit_surgery(initial_multiplier=0.5), optax.sgd(0.1))
+      >>> eu.multiplier(tx.init(jnp.zeros(3)))
+      Array(0.5, dtype=float32)
+
+    Source: lambda of arXiv 2510.22124; ``relu(w)`` in the released code.
+    """
+    return find(state).multiplier
+
+
+def surgery_info(state: Any) -> SurgeryInfo:
+    """What the last applied step saw, as arrays: cheap to return from a compiled step and to log.
+
+    Args:
+      state: as for `multiplier`.
+
+    Returns:
+      A SurgeryInfo. ``forget_loss`` [] and ``retain_loss`` ([] or [K]): U and R at theta_t, never
+      logarithms, in the losses' units. ``violation`` ([] or [K]): the one of the latest dual step,
+      <= 0 where the tolerance was kept, in units of the (log) retain loss per step (per unit of
+      step length for the directional measure); 0 before the first dual step. ``multiplier``: as
+      `multiplier` returns it. ``skipped_steps`` (int32 []): bad steps since init; a skipped step
+      changes nothing else here.
+
+    Raises:
+      ValueError: if there is no such state, or more than one.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import eupmu_jax as eu
+      >>> losses_fn = lambda x, batch: eu.Losses((x - 1) ** 2, (x + 1) ** 2)
+      >>> tx = eu.eupmu(losses_fn, optax.sgd(0.1))
+      >>> x = jnp.array(0.0)
+      >>> _, state = tx.update(None, tx.init(x), x, batch=())
+      >>> info = eu.surgery_info(state)
+      >>> float(info.retain_loss), int(info.skipped_steps)
+      (1.0, 0)
+
+    Source: ours.
+    """
+    surgery = find(state)
+    return SurgeryInfo(
+        surgery.forget_loss,
+        surgery.retain_loss,
+        surgery.violation,
+        surgery.multiplier,
+        surgery.skipped_steps,
+    )

@@ -1,0 +1,217 @@
+"""Exact unilateral gradient surgery: the closed form that implicit surgery approaches."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from eupmu_jax.dual import check_tolerance
+from eupmu_jax.gradient import all_finite
+from eupmu_jax.losses import accumulation_dtype
+
+
+def unilateral_projection(
+    forget_grads: Any, retain_grads: Any, tolerance: Any = 0.0
+) -> tuple[Any, jax.Array]:
+    r"""The direction nearest to the forget gradient that lets no retain loss rise too fast.
+
+    .. math::
+      d = \arg\min_d \tfrac12 |d - g_f|^2 \;\text{ subject to }\; \langle g_{r,k}, d \rangle \ge
+      -\epsilon_k \;\forall k, \qquad d = g_f + \textstyle\sum_k \lambda_k g_{r,k}
+
+    For one utility lambda = max(0, -(<g_r, g_f> + eps) / |g_r|^2); for K the multipliers solve a
+    non-negative quadratic programme in the Gramian of the retain gradients.
+
+    Args:
+      forget_grads: g_f, a pytree of floating arrays.
+      retain_grads: g_r, a pytree of the same shapes; or each leaf with a leading axis of length K.
+      tolerance: eps, a float or an array [K]: the allowed increase of each retain loss per unit of
+        step length along d (theta moves by -alpha d, R by at most alpha eps to first order).
+        Negative demands a decrease.
+
+    Returns:
+      (direction, multiplier): direction like forget_grads, in its dtypes; multiplier [] or [K], >= 0,
+      float32 or wider as all sums are. Finite for finite gradients: where g_r = 0 the multiplier is
+      0, and where no direction keeps all tolerances it is the one of least violation, as far as the
+      dtype resolves it.
+
+    Raises:
+      TypeError: tolerance is a schedule.
+      ValueError: retain_grads fits forget_grads in neither way; a tolerance of another shape, or
+        not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import eupmu_jax as eu
+      >>> eu.unilateral_projection(jnp.array([1.0, 1.0]), jnp.array([-2.0, 0.0]))
+      (Array([0., 1.], dtype=float32), Array(0.5, dtype=float32))
+
+    Source: unilateral gradient surgery, arXiv 2510.22124; K utilities are ours.
+    """
+    if callable(tolerance):
+        raise TypeError("tolerance must be a number or an array here: a projection counts no steps")
+    utilities = utilities_shape(forget_grads, retain_grads)
+    check_tolerance(tolerance, utilities)
+    forget_leaves, structure = jax.tree.flatten(forget_grads)
+    retain_leaves = jax.tree.leaves(retain_grads)
+    dtype = accumulation_dtype(*forget_leaves, *retain_leaves)
+    f = [leaf.astype(dtype) for leaf in forget_leaves]
+    r = [leaf.astype(dtype) if utilities else leaf.astype(dtype)[None] for leaf in retain_leaves]
+
+    count = utilities[0] if utilities else 1
+    gram, slope = jnp.zeros([count, count], dtype), jnp.full([count], tolerance, dtype)
+    for f_leaf, r_leaf in zip(f, r):
+        axes = tuple(range(1, r_leaf.ndim))
+        slope += jnp.sum(r_leaf * f_leaf[None], axes)
+        gram += jnp.sum(r_leaf[:, None] * r_leaf[None], tuple(axis + 1 for axis in axes))
+    multiplier = solve_dual(gram, slope)
+
+    direction = [
+        f_leaf + jnp.sum(multiplier.reshape((count,) + (1,) * f_leaf.ndim) * r_leaf, 0)
+        for f_leaf, r_leaf in zip(f, r)
+    ]
+    direction = [d.astype(leaf.dtype) for d, leaf in zip(direction, forget_leaves)]
+    return jax.tree.unflatten(structure, direction), multiplier.reshape(utilities)
+
+
+def explicit_surgery(*, tolerance: Any = 0.0) -> optax.GradientTransformationExtraArgs:
+    r"""Exact surgery as a stateless transformation: two gradients in, their projection out.
+
+    .. math:: d_t = g_f + \textstyle\sum_k \lambda_k g_{r,k} \quad\text{at } \theta_t,
+       \text{ as in } \texttt{unilateral\_projection}
+
+    It bounds the retain loss to first order and per step: momentum, curvature and batch noise after
+    it are not seen, so over many steps the retain loss drifts upwards.
+
+    Args:
+      tolerance: as for `unilateral_projection`. For a schedule use
+        ``optax.inject_hyperparams(explicit_surgery)(tolerance=schedule)``.
+
+    Returns:
+      A GradientTransformationExtraArgs with ``update(forget_grads, state, params, *, retain_grads)``;
+      updates in the dtypes of forget_grads. A non-finite direction is replaced by zeros.
+
+      Inside ``optax.masked`` or ``optax.partition``, retain_grads must be masked like the updates:
+      pass ``mask_compatible_extra_args=True`` to them. Transformations before this one in a chain,
+      a clipping for instance, change the forget gradient only.
+
+    Raises:
+      TypeError: tolerance is a schedule; retain_grads is missing.
+      ValueError: as for `unilateral_projection`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import eupmu_jax as eu
+      >>> losses_fn = lambda x, batch: eu.Losses(x[0] + x[1], -x[0] ** 2)
+      >>> tx = optax.chain(eu.explicit_surgery(), optax.sgd(0.1))
+      >>> x = jnp.array([1.0, 1.0])
+      >>> losses, forget_grads, retain_grads = eu.forget_and_retain_grads(losses_fn)(x, ())
+      >>> updates, state = tx.update(forget_grads, tx.init(x), x, retain_grads=retain_grads)
+      >>> updates
+      Array([-0. , -0.1], dtype=float32)
+
+    Source: unilateral gradient surgery, arXiv 2510.22124.
+    """
+    if callable(tolerance):
+        raise TypeError(
+            "explicit_surgery is stateless and counts no steps: for a schedule use "
+            "optax.inject_hyperparams(explicit_surgery)(tolerance=schedule)"
+        )
+    check_tolerance(tolerance, jnp.shape(tolerance)[:1])
+
+    def update_fn(updates, state, params=None, *, retain_grads=None, **extra_args):
+        del params, extra_args
+        if retain_grads is None:
+            raise TypeError(
+                "explicit_surgery.update needs retain_grads=..., the gradient of the retain loss: "
+                "losses, forget_grads, retain_grads = forget_and_retain_grads(losses_fn)(params, batch)"
+            )
+        direction, _ = unilateral_projection(updates, retain_grads, tolerance)
+        finite = all_finite(direction)
+        return jax.tree.map(lambda d: jnp.where(finite, d, jnp.zeros_like(d)), direction), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+
+
+def utilities_shape(forget_grads: Any, retain_grads: Any) -> tuple[int, ...]:
+    """() where retain_grads is shaped like forget_grads, (K,) where each leaf has a leading K axis."""
+    if jax.tree.structure(forget_grads) != jax.tree.structure(retain_grads):
+        raise ValueError(
+            f"retain_grads must be a pytree like forget_grads, got {jax.tree.structure(retain_grads)} "
+            f"and {jax.tree.structure(forget_grads)}"
+        )
+    shapes = [leaf.shape for leaf in jax.tree.leaves(forget_grads)]
+    retain_shapes = [leaf.shape for leaf in jax.tree.leaves(retain_grads)]
+    if retain_shapes == shapes:
+        return ()
+    leading = {shape[:1] for shape in retain_shapes}
+    if [shape[1:] for shape in retain_shapes] != shapes or len(leading) != 1 or leading == {()}:
+        raise ValueError(
+            "each leaf of retain_grads must have the shape of its leaf of forget_grads, or that with "
+            f"one leading axis of length K, got {retain_shapes} and {shapes}"
+        )
+    return leading.pop()
+
+
+def solve_dual(gram: jax.Array, slope: jax.Array) -> jax.Array:
+    """argmin over lambda >= 0 of 1/2 lambda'G lambda + slope'lambda; G [K, K], slope [K].
+
+    Always finite: 0 where g_k = 0, and the least-violation compromise where no direction satisfies
+    all constraints.
+    """
+    diagonal = jnp.diagonal(gram)
+    nonzero = diagonal > 0
+    safe = jnp.where(nonzero, diagonal, jnp.ones_like(diagonal))
+    if slope.size == 1:
+        return jnp.where(nonzero, jnp.maximum(-slope / safe, 0), jnp.zeros_like(slope))
+    # Unit gradients: utilities of very different scales then meet the same tolerances below.
+    scale = jnp.where(nonzero, jax.lax.rsqrt(safe), jnp.zeros_like(safe))
+    return scale * nonnegative_qp(gram * scale[:, None] * scale[None], slope * scale)
+
+
+def nonnegative_qp(gram: jax.Array, slope: jax.Array) -> jax.Array:
+    """argmin over x >= 0 of 1/2 x'Gx + slope'x for G >= 0 with unit or zero diagonal.
+
+    Proximal-point iterations make the problem strictly convex where gradients are parallel; each is
+    solved by the Lawson-Hanson active-set method.
+    """
+    eps = jnp.finfo(gram.dtype).eps
+    ridge = 10 * eps**0.75
+    identity = jnp.eye(slope.size, dtype=gram.dtype)
+    regular = gram + ridge * identity
+
+    def proximal_step(_, carry):
+        anchor, passive = carry
+        linear = slope - ridge * anchor
+
+        def iteration(carry):
+            x, passive, _, count = carry
+            both = passive[:, None] & passive[None]
+            target = jnp.linalg.solve(
+                jnp.where(both, regular, identity), jnp.where(passive, -linear, jnp.zeros_like(linear))
+            )
+            blocking = passive & (target <= 0)
+            blocked = jnp.any(blocking)
+            reach = jnp.where(blocking, x / jnp.where(blocking, x - target, 1), jnp.inf)
+            stepped = x + jnp.minimum(jnp.min(reach), 1) * (target - x)
+            leaving = blocking & (reach <= jnp.min(reach))
+
+            noise = 8 * eps * (jnp.abs(linear) + jnp.abs(regular) @ jnp.abs(target))
+            gain = jnp.where(passive, -jnp.inf, -(regular @ target + linear) - noise)
+            entering = (jnp.arange(slope.size) == jnp.argmax(gain)) & (gain > 0)
+            return (
+                jnp.where(blocked, jnp.where(leaving, 0, stepped), target),
+                jnp.where(blocked, passive & ~leaving, passive | entering),
+                ~blocked & ~jnp.any(entering),
+                count + 1,
+            )
+
+        unfinished = lambda carry: ~carry[2] & (carry[3] < 10 * (slope.size + 1))
+        start = (anchor, passive, jnp.asarray(False), jnp.asarray(0, jnp.int32))
+        x, passive, _, _ = jax.lax.while_loop(unfinished, iteration, start)
+        return jnp.maximum(x, 0), passive
+
+    start = (jnp.zeros_like(slope), jnp.zeros(slope.shape, bool))
+    x, _ = jax.lax.fori_loop(0, 3, proximal_step, start)
+    return x

@@ -1,0 +1,139 @@
+"""One forward pass, and the gradients that are pulled back through it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from eupmu_jax.losses import Losses, LossesFn, checked
+
+AxisName = str | Sequence[str] | None
+
+
+class Linearization(NamedTuple):
+    """The losses at one theta and their derivative there, the same on every device of the axis."""
+
+    losses: Losses
+    aux: Any
+    pull_back: Callable[..., Any]
+    push_forward: Callable[[Any], Losses]
+
+
+def linearize(losses_fn: LossesFn, params: Any, batch: Any, axis_name: AxisName = None, has_aux: bool = False):
+    """Evaluates the losses once and keeps their derivative.
+
+    With an axis, each device differentiates its own shard's losses with respect to its own copy of
+    the parameters and the result is averaged: right with and without varying-axes tracking, and the
+    losses are averaged before anything nonlinear is done to them.
+    """
+    check_differentiable(params)
+
+    def local_losses(params):
+        out = losses_fn(params, batch)
+        if has_aux and not (isinstance(out, tuple) and not isinstance(out, Losses) and len(out) == 2):
+            raise TypeError(f"losses_fn with has_aux=True must return (Losses, aux), got {type(out).__name__}")
+        losses, aux = out if has_aux else (out, None)
+        return varying(checked(losses), axis_name), aux
+
+    params = varying(params, axis_name)
+    losses, push, aux = jax.linearize(local_losses, params, has_aux=True)
+
+    def pull_back(cotangent, select=lambda losses: losses):
+        pull = jax.linear_transpose(lambda tangent: select(push(tangent)), params)
+        return mean(pull(varying(cotangent, axis_name))[0], axis_name)
+
+    def push_forward(tangent):
+        return mean(push(varying(tangent, axis_name)), axis_name)
+
+    return Linearization(mean(losses, axis_name), aux, pull_back, push_forward)
+
+
+def retain_loss(losses_fn: LossesFn, params: Any, batch: Any, axis_name: AxisName = None) -> jax.Array:
+    """R(params), shape [] or [K]."""
+    return mean(varying(checked(losses_fn(params, batch)).retain, axis_name), axis_name)
+
+
+def forget_and_retain_grads(losses_fn: LossesFn, axis_name: AxisName = None):
+    r"""The two gradients of exact surgery, g_f = grad U and g_r = grad R, from one forward pass.
+
+    Each gradient is pulled back on its own, so a batch whose forget and retain examples are
+    disjoint is back-propagated once in total; a shared forward pass is back-propagated 1 + K times.
+
+    Args:
+      losses_fn: pure function (params, batch) -> `Losses`.
+      axis_name: mesh axis or axes to average over inside shard_map or pmap, where every shard's
+        losses are means over equally many examples; None outside them.
+
+    Returns:
+      A function (params, batch) -> (losses, forget_grads, retain_grads). The gradients have the
+      structure and dtypes of params; with K utilities each leaf of retain_grads has a leading
+      axis of length K.
+
+    Raises:
+      TypeError: losses_fn returns something else than Losses, or a leaf of params is not floating.
+      ValueError: a forget loss that is not a scalar, a retain loss of rank > 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import eupmu_jax as eu
+      >>> losses_fn = lambda x, batch: eu.Losses(jnp.sum(x), jnp.stack([jnp.sum(x**2), x[0]]))
+      >>> losses, g_f, g_r = eu.forget_and_retain_grads(losses_fn)(jnp.array([1.0, 2.0]), ())
+      >>> g_f
+      Array([1., 1.], dtype=float32)
+      >>> g_r
+      Array([[2., 4.],
+             [1., 0.]], dtype=float32)
+
+    Source: the inputs of unilateral gradient surgery, arXiv 2510.22124.
+    """
+
+    def grads_fn(params, batch):
+        at = linearize(losses_fn, params, batch, axis_name)
+        one = jnp.ones([], at.losses.forget.dtype)
+        forget_grads = at.pull_back(one, lambda losses: losses.forget)
+        pull_retain = lambda cotangent: at.pull_back(cotangent, lambda losses: losses.retain)
+        if at.losses.retain.ndim == 0:
+            return at.losses, forget_grads, pull_retain(one)
+        basis = jnp.eye(at.losses.retain.size, dtype=one.dtype)
+        return at.losses, forget_grads, jax.vmap(pull_retain)(basis)
+
+    return grads_fn
+
+
+def check_differentiable(params: Any) -> None:
+    """TypeError for a leaf that has no gradient."""
+    if params is None:
+        raise TypeError("params is missing: the losses are differentiated at params")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} has dtype {dtype}, but only real floating-point "
+                "leaves can be differentiated. To freeze it, take it out of params: pass it in "
+                "batch, or close over it in losses_fn (NNX: nnx.split(model, nnx.Param, ...))"
+            )
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every element is finite; a bool []."""
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
+
+
+def mean(tree: Any, axis_name: AxisName) -> Any:
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def varying(tree: Any, axis_name: AxisName) -> Any:
+    """`tree` with every leaf marked as differing between the devices of the axis."""
+    if axis_name is None:
+        return tree
+    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+    def mark(leaf):
+        known = jax.typeof(leaf).manual_axis_type.varying
+        missing = tuple(axis for axis in axes if axis not in known)
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(mark, tree)

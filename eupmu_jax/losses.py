@@ -1,0 +1,98 @@
+"""What a step sees: the forget and retain losses, and the weights that combine them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Losses(NamedTuple):
+    r"""The forget loss U and the retain loss R of one batch: what ``losses_fn`` returns.
+
+    Args:
+      forget: U(theta), a scalar float, minimised in order to forget.
+      retain: R(theta), the utility to preserve: a scalar float, or shape [K] for K utilities.
+
+    Both are means over the batch, in the loss's own units (nats for a cross-entropy). Return them
+    in float32 or wider: a difference of bfloat16 losses has too few digits to steer by.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import eupmu_jax as eu
+      >>> def losses_fn(params, batch):
+      ...     error = (params - batch) ** 2
+      ...     return eu.Losses(forget=error[0], retain=jnp.mean(error[1:]))
+      >>> losses_fn(jnp.array(1.0), jnp.array([2.0, 1.0, 3.0]))
+      Losses(forget=Array(1., dtype=float32), retain=Array(2., dtype=float32))
+
+    Source: U and R of arXiv 2510.22124; K utilities are ours.
+    """
+
+    forget: Any
+    retain: Any
+
+
+LossesFn = Callable[[Any, Any], Losses]
+
+
+def accumulation_dtype(*arrays):
+    """float64 where any input is, else float32: losses, dots and multipliers are never narrower."""
+    return jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
+
+
+def checked(losses: Any, source: str = "losses_fn must return") -> Losses:
+    """`losses` as accumulation-dtype arrays; TypeError or ValueError if it is not a Losses."""
+    if not isinstance(losses, Losses):
+        raise TypeError(f"{source} eupmu_jax.Losses(forget, retain), got {type(losses).__name__}")
+    for name, loss, highest_rank in (("forget", losses.forget, 0), ("retain", losses.retain, 1)):
+        dtype = jnp.result_type(loss)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"Losses.{name} must be floating point, got {dtype}")
+        if jnp.ndim(loss) > highest_rank:
+            wanted = "a scalar" if highest_rank == 0 else "a scalar or of shape [K]"
+            raise ValueError(
+                f"Losses.{name} must be {wanted}, got shape {jnp.shape(loss)}: "
+                "reduce it over the batch, for instance with jnp.mean"
+            )
+    forget, retain = jnp.asarray(losses.forget), jnp.asarray(losses.retain)
+    dtype = accumulation_dtype(forget, retain)
+    return Losses(forget.astype(dtype), retain.astype(dtype))
+
+
+def check_utilities(losses: Losses, multiplier: jax.Array) -> None:
+    """ValueError unless there is one multiplier for each utility."""
+    if losses.retain.shape != multiplier.shape:
+        raise ValueError(
+            f"the retain loss has shape {losses.retain.shape} but initial_multiplier has shape "
+            f"{multiplier.shape}: give initial_multiplier the shape of the retain loss, "
+            "for instance jnp.ones(K) for K utilities"
+        )
+
+
+def is_usable(losses: Losses, log_losses: bool) -> jax.Array:
+    """Whether all losses are finite, and positive where their logarithm is needed; a bool []."""
+    values = jnp.concatenate([losses.forget[None], jnp.atleast_1d(losses.retain)])
+    return jnp.all(jnp.isfinite(values) & (values > 0)) if log_losses else jnp.all(jnp.isfinite(values))
+
+
+def objective(loss: jax.Array, log_losses: bool) -> jax.Array:
+    """The loss as it is bounded: itself, or its logarithm (0 where that is undefined)."""
+    return jnp.log(jnp.where(loss > 0, loss, jnp.ones_like(loss))) if log_losses else loss
+
+
+def weights(losses: Losses, multiplier: jax.Array, log_losses: bool, normalize_weights: bool) -> Losses:
+    r"""The cotangents of (U, R) whose pull-back is the direction.
+
+    (1, lambda) for U + <lambda, R>; (1 / U, lambda / R) for log U + <lambda, log R>; divided by
+    1 + sum(lambda) when normalised.
+    """
+    dtype = losses.forget.dtype
+    multiplier = multiplier.astype(dtype)
+    forget, retain = jnp.ones([], dtype), multiplier
+    if normalize_weights:
+        total = 1 + jnp.sum(multiplier)
+        forget, retain = forget / total, retain / total
+    if log_losses:
+        forget, retain = forget / losses.forget, retain / losses.retain
+    return Losses(forget, retain)

@@ -1,0 +1,222 @@
+"""EUPMU, the whole method: losses -> one weighted gradient -> inner optimiser -> dual step."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from eupmu_jax import dual as dual_lib
+from eupmu_jax.gradient import AxisName, all_finite, linearize, retain_loss
+from eupmu_jax.losses import Losses, LossesFn, check_utilities, is_usable, weights
+
+MEASURES = ("lookahead", "lagged", "directional")
+
+
+class EupmuState(NamedTuple):
+    """The multiplier's state and the inner optimiser's."""
+
+    surgery: dual_lib.SurgeryState
+    inner_state: Any
+
+
+def eupmu(
+    losses_fn: LossesFn,
+    inner: optax.GradientTransformation | None = None,
+    *,
+    tolerance: Any = 0.0,
+    measure: str = "lookahead",
+    dual_optimizer: optax.GradientTransformation | None = None,
+    initial_multiplier: Any = 1.0,
+    log_losses: bool | None = None,
+    normalize_weights: bool | None = None,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""EUPMU: an optimiser that forgets while the retain loss may rise only by a tolerance per step.
+
+    Computes its own gradient: one forward pass and one backward pass of the weighted losses at
+    theta_t, whatever K is. With the objectives u = log U and r_k = log R_k (or U and R_k where
+    ``log_losses=False``) and eps_t the tolerance,
+
+    .. math::
+      d_t &= \big(\nabla u + \textstyle\sum_k \lambda_{t,k} \nabla r_k\big)(\theta_t) \;/\;
+             \big(1 + \textstyle\sum_k \lambda_{t,k}\big) \\
+      \theta_{t+1} &= \theta_t + \mathrm{inner}(d_t) \\
+      v_{t} &= \text{what the measure observes, minus } \epsilon_t \\
+      \lambda_{t+1} &= \max(0, \mathrm{dual}(\lambda_t, -v_t))
+
+    (undivided where ``normalize_weights=False``). A violation v_t <= 0 means that the tolerance was
+    kept; the multiplier then falls, else it rises. The measures:
+
+    =============  =====================================  =====================  ==================
+    measure        v_t + eps_t                            extra cost per step    sees
+    =============  =====================================  =====================  ==================
+    "lookahead"    r(theta_{t+1}) - r(theta_t) on the     one retain forward,    momentum, clipping,
+                   same batch                             inner's arithmetic     decay, curvature
+                                                          twice
+    "lagged"       r_t(theta_t) - r_{t-1}(theta_{t-1}),   none                   the same, with
+                   each on its own batch                                         batch noise
+    "directional"  -<grad r, d_t>(theta_t), by a jvp      one tangent forward    first order only
+    =============  =====================================  =====================  ==================
+
+    "lagged" follows the released fast variant: its dual step, along the change into step t, comes
+    before the gradient of step t (and is left out at t = 0). A look-ahead on the same batch can be
+    satisfied by fitting that batch; where learning rates are high, "lagged" has kept more utility.
+
+    Args:
+      losses_fn: pure function (params, batch) -> `Losses`, jit-compiled or not. Randomness comes in
+        through batch, so that the look-ahead sees the same noise and dropout masks.
+      inner: the optimiser that turns the direction into updates, for instance ``optax.sgd(1e-2)``.
+        None is the identity: then eupmu is the first link of a chain ("lagged" and "directional"
+        only). Masks and partitions belong around inner, not around eupmu.
+      tolerance: eps, the increase of each (log, if log_losses) retain loss that one step is
+        allowed: a float, an array [K], or an optax schedule of the number of steps applied. Negative
+        demands a decrease; log losses make it relative (0.01 is 1%). For "directional" it is the
+        increase per unit of step length along d, about the per-step one over the learning rate.
+      measure: how the violation is observed; see above.
+      dual_optimizer: any optax transformation, fed -v_t as the gradient of the multiplier, which is
+        then projected to >= 0. None is ``optax.adam(0.05)``: its step does not depend on the scale
+        of the losses, moves the multiplier by about 0.05 at most, and has no decay that would pull
+        it to a fixed point of its own. The released code's is
+        ``optax.chain(optax.add_decayed_weights(0.01), optax.adam(1.0))``.
+      initial_multiplier: lambda_0 >= 0, a scalar, or [K] for K utilities; its shape fixes K. The
+        default 1.0 protects from the first step on. The multiplier is float32, or float64 where this
+        is a float64 array and x64 is enabled.
+      log_losses: optimise and bound the logarithms of the losses. None is True: scale-free, and the
+        retain loss's weight grows as it gets small. Needs losses > 0: for a forget loss that can be
+        negative (gradient ascent) pass False, or every step is skipped.
+      normalize_weights: divide the weights by 1 + sum(lambda), so that a large multiplier does not
+        lengthen the step. None is True.
+      axis_name: mesh axis or axes to average over inside shard_map or pmap, where every shard's
+        losses are means over equally many examples. None under jit, on any sharding.
+
+    Returns:
+      A GradientTransformationExtraArgs. ``init(params)`` -> state, arrays only: inner's state and
+      O(K) scalars. ``update(updates, state, params, *, batch, **extra_args)`` -> (updates, state),
+      updates in the dtypes of params: ``updates`` is None or a pytree like params that is added to
+      d_t (a regulariser's gradient); ``batch`` goes to losses_fn, ``extra_args`` to inner.
+
+      A step with a non-finite loss or gradient (or a loss <= 0 where its logarithm is needed,
+      before or after inner's update) is skipped: zero updates, everything else kept and
+      ``surgery_info(state).skipped_steps`` incremented.
+
+      ``optax.MultiSteps`` around this sees the last mini-batch only: make batch the whole batch
+      instead. ``optax.apply_if_finite`` and other wrappers that inspect ``updates`` need a pytree
+      of zeros in place of None.
+
+    Raises:
+      TypeError: losses_fn is no function or returns something else than Losses; batch or params is
+        missing; a leaf of params is not floating; inner or dual_optimizer is no transformation.
+      ValueError: an unknown measure; "lookahead" without inner; a multiplier that is negative, not
+        finite or not of the retain loss's shape; a tolerance of another shape or not finite; a
+        forget loss that is no scalar; a retain loss of rank > 1; updates unlike params.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import eupmu_jax as eu
+      >>> def losses_fn(x, batch):
+      ...     return eu.Losses(jnp.sum((x - batch["forget"]) ** 2), jnp.sum((x - batch["retain"]) ** 2))
+      >>> batch = {"forget": jnp.array([2.0, 0.0]), "retain": jnp.array([0.0, 1.0])}
+      >>> tx = eu.eupmu(losses_fn, optax.sgd(0.1))
+      >>> x = jnp.array([0.0, 0.0])
+      >>> state = tx.init(x)
+      >>> @jax.jit
+      ... def step(x, state, batch):
+      ...     updates, state = tx.update(None, state, x, batch=batch)
+      ...     return optax.apply_updates(x, updates), state
+      >>> for _ in range(50):
+      ...     x, state = step(x, state, batch)
+      >>> info = eu.surgery_info(state)
+      >>> bool(info.retain_loss <= 1.05), bool(info.forget_loss < 3.0)
+      (True, True)
+
+    Source: EUPMU, arXiv 2510.22124 ("lookahead", and "lagged" as its fast variant in the released
+    code); "directional", K utilities, and skipping are ours.
+    """
+    if not callable(losses_fn):
+        raise TypeError(f"losses_fn must be a function (params, batch) -> Losses, got {losses_fn!r}")
+    if measure not in MEASURES:
+        raise ValueError(f"measure must be one of {', '.join(MEASURES)}; got {measure!r}")
+    if inner is None and measure == "lookahead":
+        raise ValueError(
+            "measure='lookahead' re-evaluates the retain loss after the inner optimiser's update: "
+            "pass inner=, for instance optax.sgd(1e-2), or measure='lagged' or 'directional'"
+        )
+    if inner is None:
+        inner = optax.identity()
+    dual_lib.check_transformation(inner, "inner")
+    optimizer = optax.with_extra_args_support(inner)
+    dual = dual_lib.make_dual(
+        tolerance, dual_optimizer, initial_multiplier, log_losses, normalize_weights
+    )
+
+    def init_fn(params):
+        return EupmuState(dual_lib.init(dual), optimizer.init(params))
+
+    def update_fn(updates, state, params=None, *, batch=None, **extra_args):
+        check_update_args(updates, params, batch)
+        at = linearize(losses_fn, params, batch, axis_name)
+        check_utilities(at.losses, state.surgery.multiplier)
+        eps = dual_lib.tolerance_at(dual, state.surgery.applied_steps, at.losses.retain.dtype)
+
+        ascended = state.surgery
+        if measure == "lagged":
+            ascended = dual_lib.ascend_lagged(dual, state.surgery, at.losses)
+        direction = at.pull_back(
+            weights(at.losses, ascended.multiplier, dual.log_losses, dual.normalize_weights)
+        )
+        if updates is not None:
+            direction = jax.tree.map(lambda d, u: d + u.astype(d.dtype), direction, updates)
+        usable = is_usable(at.losses, dual.log_losses) & all_finite(direction)
+
+        def inner_update():
+            updates, inner_state = optimizer.update(direction, state.inner_state, params, **extra_args)
+            return optax.tree.cast_like(updates, params), inner_state
+
+        def look_ahead():
+            updates, _ = inner_update()
+            ahead = retain_loss(losses_fn, optax.apply_updates(params, updates), batch, axis_name)
+            violation = dual_lib.violation(at.losses.retain, ahead, eps, dual.log_losses)
+            valid = is_usable(Losses(at.losses.forget, ahead), dual.log_losses)
+            return dual_lib.ascend(dual, state.surgery, violation), valid
+
+        if measure == "lookahead":
+            # Only scalars leave the look-ahead. Running inner again when the step is accepted costs
+            # elementwise work; keeping its old and new state side by side would cost memory.
+            ascended, usable = jax.lax.cond(
+                usable, look_ahead, lambda: (state.surgery, jnp.zeros_like(usable))
+            )
+        elif measure == "directional":
+            change = -at.push_forward(direction).retain
+            relative = change / at.losses.retain if dual.log_losses else change
+            ascended = dual_lib.ascend(dual, state.surgery, relative - eps)
+        usable &= jnp.all(jnp.isfinite(ascended.multiplier))
+
+        new_updates, inner_state = jax.lax.cond(
+            usable, inner_update, lambda: (optax.tree.zeros_like(direction), state.inner_state)
+        )
+        surgery = dual_lib.select(
+            usable, dual_lib.accept(ascended, at.losses), dual_lib.skip(state.surgery)
+        )
+        return new_updates, EupmuState(surgery, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def check_update_args(updates: Any, params: Any, batch: Any) -> None:
+    if batch is None:
+        raise TypeError("eupmu.update needs batch=..., the batch that losses_fn(params, batch) takes")
+    if params is None:
+        raise TypeError("eupmu.update needs params: it differentiates the losses there")
+    is_masked = lambda node: isinstance(node, optax.MaskedNode)
+    if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
+        raise ValueError(
+            "eupmu sees only a part of params here, and losses_fn needs them all: instead of wrapping "
+            "eupmu in optax.masked or optax.partition wrap the inner optimiser, "
+            "eupmu(losses_fn, inner=optax.masked(...))"
+        )
+    if updates is not None and jax.tree.structure(updates) != jax.tree.structure(params):
+        raise ValueError(
+            "updates must be None or a pytree like params (it is added to the direction), got "
+            f"{jax.tree.structure(updates)} for params {jax.tree.structure(params)}"
+        )

@@ -1,0 +1,82 @@
+"""The small network of the classification studies, its training, and its losses for unlearning."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import eupmu_jax as eu
+from experiments.data import Examples, batch_rows
+
+
+class MLP(nn.Module):
+    """Two hidden layers; logits out."""
+
+    classes: int
+    widths: tuple[int, ...] = (256, 128)
+
+    @nn.compact
+    def __call__(self, x):
+        for width in self.widths:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(self.classes)(x)
+
+
+def mean_cross_entropy(model: nn.Module, params: Any, examples: Examples) -> jax.Array:
+    logits = model.apply({"params": params}, examples.x)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, examples.y).mean()
+
+
+def make_losses(model: nn.Module) -> Callable[[Any, tuple[Examples, Examples]], eu.Losses]:
+    """Cross-entropy to the wrong labels on the forget batch, to the true ones on the retain batch."""
+
+    def losses_fn(params, batch):
+        forget, retain = batch
+        return eu.Losses(
+            mean_cross_entropy(model, params, forget), mean_cross_entropy(model, params, retain)
+        )
+
+    return losses_fn
+
+
+def predictor(model: nn.Module, params: Any) -> Callable[[np.ndarray], jax.Array]:
+    return jax.jit(lambda x: jax.nn.softmax(model.apply({"params": params}, x)))
+
+
+def train(
+    model: nn.Module,
+    examples: Examples,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    report: Callable[[int], None] = lambda epoch: None,
+) -> Any:
+    """Parameters after Adam on the cross-entropy, from a random start; calls report after an epoch."""
+    params = model.init(jax.random.key(seed), jnp.asarray(examples.x[:1]))["params"]
+    tx = optax.adam(learning_rate)
+    state = tx.init(params)
+    data = Examples(*map(jnp.asarray, examples))
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def run_epoch(params, state, data, rows):
+        def step(carry, rows):
+            params, state = carry
+            grads = jax.grad(partial(mean_cross_entropy, model))(params, data[rows])
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, state), rows)[0]
+
+    steps = examples.size // batch_size
+    for epoch in range(epochs):
+        rows = batch_rows(examples.size, batch_size, steps, seed=hash((seed, epoch)) % 2**32)
+        params, state = run_epoch(params, state, data, rows)
+        report(epoch)
+    return params

@@ -1,0 +1,25 @@
+"""Suite-wide settings: eight host devices, no implicit rank promotion."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64():
+    """float64 within one test, float32 by default elsewhere, as users have it."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def strict():
+    """No implicit dtype promotion either; optax's own Adam does not pass this."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
