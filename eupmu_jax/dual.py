@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
-from eupmu_jax.losses import Losses, is_usable, objective
+from eupmu_jax.losses import Losses, accumulation_dtype, objective
 
 
 class SurgeryState(NamedTuple):
@@ -56,7 +57,7 @@ def make_dual(tolerance, dual_optimizer, initial_multiplier, log_losses, normali
         raise ValueError(
             f"initial_multiplier must be a scalar or of shape [K], got shape {np.shape(initial_multiplier)}"
         )
-    if not isinstance(initial_multiplier, jax.core.Tracer):
+    if not isinstance(initial_multiplier, Tracer):
         concrete = np.asarray(initial_multiplier, np.float64)
         if not (np.all(np.isfinite(concrete)) and np.all(concrete >= 0)):
             raise ValueError(f"initial_multiplier must be finite and >= 0, got {initial_multiplier}")
@@ -75,8 +76,7 @@ def make_dual(tolerance, dual_optimizer, initial_multiplier, log_losses, normali
 def check_transformation(transformation, name: str) -> None:
     if not isinstance(transformation, optax.GradientTransformation):
         raise TypeError(
-            f"{name} must be an optax.GradientTransformation (or None), "
-            f"got {type(transformation).__name__}"
+            f"{name} must be an optax.GradientTransformation (or None), got {type(transformation).__name__}"
         )
 
 
@@ -89,16 +89,17 @@ def check_tolerance(tolerance, utilities: tuple[int, ...]) -> None:
             f"tolerance must be a scalar or have the shape {utilities} of the multiplier, "
             f"got shape {np.shape(tolerance)}"
         )
-    if not isinstance(tolerance, jax.core.Tracer) and not np.all(np.isfinite(np.asarray(tolerance, np.float64))):
+    concrete = not isinstance(tolerance, Tracer)
+    if concrete and not np.all(np.isfinite(np.asarray(tolerance, np.float64))):
         raise ValueError(f"tolerance must be finite, got {tolerance}")
 
 
 def init(dual: Dual) -> SurgeryState:
     """lambda_0, and zeros for what has not been observed yet."""
     given = dual.initial_multiplier
-    wide = getattr(given, "dtype", None) == np.float64 and jax.config.jax_enable_x64
+    dtype = accumulation_dtype(jnp.asarray(given)) if hasattr(given, "dtype") else jnp.float32
     # A copy: the state may be donated, the caller's array and the dual state must survive that.
-    multiplier = jnp.array(given, jnp.float64 if wide else jnp.float32, copy=True)
+    multiplier = jnp.array(given, dtype, copy=True)
     return SurgeryState(
         multiplier=multiplier,
         dual_state=dual.optimizer.init(jnp.copy(multiplier)),
@@ -126,7 +127,7 @@ def ascend(dual: Dual, state: SurgeryState, violation: jax.Array) -> SurgeryStat
     """lambda_{t+1} = max(0, dual step from lambda_t along the violation)."""
     violation = violation.astype(state.multiplier.dtype)
     updates, dual_state = dual.optimizer.update(-violation, state.dual_state, state.multiplier)
-    multiplier = optax.apply_updates(state.multiplier, updates)
+    multiplier = state.multiplier + jnp.asarray(updates, state.multiplier.dtype)
     return state._replace(
         multiplier=jnp.maximum(multiplier, jnp.zeros_like(multiplier)),
         dual_state=dual_state,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from eupmu_jax.dual import check_tolerance
-from eupmu_jax.gradient import all_finite
+from eupmu_jax.gradient import all_finite, check_differentiable
 from eupmu_jax.losses import accumulation_dtype
 
 
@@ -37,7 +37,7 @@ def unilateral_projection(
       dtype resolves it.
 
     Raises:
-      TypeError: tolerance is a schedule.
+      TypeError: tolerance is a schedule; a leaf is not real floating point.
       ValueError: retain_grads fits forget_grads in neither way; a tolerance of another shape, or
         not finite.
 
@@ -53,6 +53,8 @@ def unilateral_projection(
         raise TypeError("tolerance must be a number or an array here: a projection counts no steps")
     utilities = utilities_shape(forget_grads, retain_grads)
     check_tolerance(tolerance, utilities)
+    check_differentiable(forget_grads, "forget_grads")
+    check_differentiable(retain_grads, "retain_grads")
     forget_leaves, structure = jax.tree.flatten(forget_grads)
     retain_leaves = jax.tree.leaves(retain_grads)
     dtype = accumulation_dtype(*forget_leaves, *retain_leaves)
@@ -61,7 +63,7 @@ def unilateral_projection(
 
     count = utilities[0] if utilities else 1
     gram, slope = jnp.zeros([count, count], dtype), jnp.full([count], tolerance, dtype)
-    for f_leaf, r_leaf in zip(f, r):
+    for f_leaf, r_leaf in zip(f, r, strict=True):
         axes = tuple(range(1, r_leaf.ndim))
         slope += jnp.sum(r_leaf * f_leaf[None], axes)
         gram += jnp.sum(r_leaf[:, None] * r_leaf[None], tuple(axis + 1 for axis in axes))
@@ -69,9 +71,9 @@ def unilateral_projection(
 
     direction = [
         f_leaf + jnp.sum(multiplier.reshape((count,) + (1,) * f_leaf.ndim) * r_leaf, 0)
-        for f_leaf, r_leaf in zip(f, r)
+        for f_leaf, r_leaf in zip(f, r, strict=True)
     ]
-    direction = [d.astype(leaf.dtype) for d, leaf in zip(direction, forget_leaves)]
+    direction = [d.astype(leaf.dtype) for d, leaf in zip(direction, forget_leaves, strict=True)]
     return jax.tree.unflatten(structure, direction), multiplier.reshape(utilities)
 
 

@@ -20,7 +20,13 @@ class Linearization(NamedTuple):
     push_forward: Callable[[Any], Losses]
 
 
-def linearize(losses_fn: LossesFn, params: Any, batch: Any, axis_name: AxisName = None, has_aux: bool = False):
+def linearize(
+    losses_fn: Callable[[Any, Any], Any],
+    params: Any,
+    batch: Any,
+    axis_name: AxisName = None,
+    has_aux: bool = False,
+) -> Linearization:
     """Evaluates the losses once and keeps their derivative.
 
     With an axis, each device differentiates its own shard's losses with respect to its own copy of
@@ -31,8 +37,10 @@ def linearize(losses_fn: LossesFn, params: Any, batch: Any, axis_name: AxisName 
 
     def local_losses(params):
         out = losses_fn(params, batch)
-        if has_aux and not (isinstance(out, tuple) and not isinstance(out, Losses) and len(out) == 2):
-            raise TypeError(f"losses_fn with has_aux=True must return (Losses, aux), got {type(out).__name__}")
+        if has_aux and (not isinstance(out, tuple) or isinstance(out, Losses) or len(out) != 2):
+            raise TypeError(
+                f"losses_fn with has_aux=True must return (Losses, aux), got {type(out).__name__}"
+            )
         losses, aux = out if has_aux else (out, None)
         return varying(checked(losses), axis_name), aux
 
@@ -101,15 +109,15 @@ def forget_and_retain_grads(losses_fn: LossesFn, axis_name: AxisName = None):
     return grads_fn
 
 
-def check_differentiable(params: Any) -> None:
-    """TypeError for a leaf that has no gradient."""
+def check_differentiable(params: Any, name: str = "params") -> None:
+    """TypeError for a leaf that is not real floating point."""
     if params is None:
-        raise TypeError("params is missing: the losses are differentiated at params")
+        raise TypeError(f"{name} is missing")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"params{jax.tree_util.keystr(path)} has dtype {dtype}, but only real floating-point "
+                f"{name}{jax.tree_util.keystr(path)} has dtype {dtype}, but only real floating-point "
                 "leaves can be differentiated. To freeze it, take it out of params: pass it in "
                 "batch, or close over it in losses_fn (NNX: nnx.split(model, nnx.Param, ...))"
             )

@@ -120,14 +120,10 @@ def implicit_surgery(
             multiplier = dual_lib.find(state).multiplier
             at = linearize(losses_fn, params, batch, axis_name, has_aux)
             check_utilities(at.losses, multiplier)
-            grads = at.pull_back(
-                weights(at.losses, multiplier, dual.log_losses, dual.normalize_weights)
-            )
+            grads = at.pull_back(weights(at.losses, multiplier, dual.log_losses, dual.normalize_weights))
             return ((at.losses, at.aux) if has_aux else at.losses), grads
 
         return value_and_grad_fn
 
-    dual = dual_lib.make_dual(
-        tolerance, dual_optimizer, initial_multiplier, log_losses, normalize_weights
-    )
+    dual = dual_lib.make_dual(tolerance, dual_optimizer, initial_multiplier, log_losses, normalize_weights)
     return ImplicitSurgery(init_fn, update_fn, value_and_grad)

@@ -116,19 +116,19 @@ def eupmu(
       >>> import eupmu_jax as eu
       >>> def losses_fn(x, batch):
       ...     return eu.Losses(jnp.sum((x - batch["forget"]) ** 2), jnp.sum((x - batch["retain"]) ** 2))
-      >>> batch = {"forget": jnp.array([2.0, 0.0]), "retain": jnp.array([0.0, 1.0])}
-      >>> tx = eu.eupmu(losses_fn, optax.sgd(0.1))
+      >>> batch = {"forget": jnp.array([2.0, 1.0]), "retain": jnp.array([0.0, -1.0])}
+      >>> tx = eu.eupmu(losses_fn, optax.sgd(0.05))
       >>> x = jnp.array([0.0, 0.0])
       >>> state = tx.init(x)
       >>> @jax.jit
       ... def step(x, state, batch):
       ...     updates, state = tx.update(None, state, x, batch=batch)
       ...     return optax.apply_updates(x, updates), state
-      >>> for _ in range(50):
+      >>> for _ in range(300):
       ...     x, state = step(x, state, batch)
-      >>> info = eu.surgery_info(state)
-      >>> bool(info.retain_loss <= 1.05), bool(info.forget_loss < 3.0)
-      (True, True)
+      >>> info = eu.surgery_info(state)  # the losses were 5 and 1 at the start
+      >>> round(float(info.forget_loss), 2), round(float(info.retain_loss), 2)
+      (4.05, 0.66)
 
     Source: EUPMU, arXiv 2510.22124 ("lookahead", and "lagged" as its fast variant in the released
     code); "directional", K utilities, and skipping are ours.
@@ -146,14 +146,12 @@ def eupmu(
         inner = optax.identity()
     dual_lib.check_transformation(inner, "inner")
     optimizer = optax.with_extra_args_support(inner)
-    dual = dual_lib.make_dual(
-        tolerance, dual_optimizer, initial_multiplier, log_losses, normalize_weights
-    )
+    dual = dual_lib.make_dual(tolerance, dual_optimizer, initial_multiplier, log_losses, normalize_weights)
 
     def init_fn(params):
         return EupmuState(dual_lib.init(dual), optimizer.init(params))
 
-    def update_fn(updates, state, params=None, *, batch=None, **extra_args):
+    def update_fn(updates: Any, state: Any, params: Any = None, *, batch: Any = None, **extra_args):
         check_update_args(updates, params, batch)
         at = linearize(losses_fn, params, batch, axis_name)
         check_utilities(at.losses, state.surgery.multiplier)
@@ -169,35 +167,37 @@ def eupmu(
             direction = jax.tree.map(lambda d, u: d + u.astype(d.dtype), direction, updates)
         usable = is_usable(at.losses, dual.log_losses) & all_finite(direction)
 
-        def inner_update():
-            updates, inner_state = optimizer.update(direction, state.inner_state, params, **extra_args)
+        def inner_update(direction, inner_state):
+            updates, inner_state = optimizer.update(direction, inner_state, params, **extra_args)
             return optax.tree.cast_like(updates, params), inner_state
 
-        def look_ahead():
-            updates, _ = inner_update()
+        def keep(direction, inner_state):
+            return optax.tree.zeros_like(direction), inner_state
+
+        def look_ahead(direction, inner_state):
+            updates, _ = inner_update(direction, inner_state)
             ahead = retain_loss(losses_fn, optax.apply_updates(params, updates), batch, axis_name)
             violation = dual_lib.violation(at.losses.retain, ahead, eps, dual.log_losses)
             valid = is_usable(Losses(at.losses.forget, ahead), dual.log_losses)
             return dual_lib.ascend(dual, state.surgery, violation), valid
 
+        def no_look(direction, inner_state):
+            del direction, inner_state
+            return state.surgery, jnp.zeros_like(usable)
+
+        step = (direction, state.inner_state)
         if measure == "lookahead":
             # Only scalars leave the look-ahead. Running inner again when the step is accepted costs
             # elementwise work; keeping its old and new state side by side would cost memory.
-            ascended, usable = jax.lax.cond(
-                usable, look_ahead, lambda: (state.surgery, jnp.zeros_like(usable))
-            )
+            ascended, usable = jax.lax.cond(usable, look_ahead, no_look, *step)
         elif measure == "directional":
             change = -at.push_forward(direction).retain
             relative = change / at.losses.retain if dual.log_losses else change
             ascended = dual_lib.ascend(dual, state.surgery, relative - eps)
         usable &= jnp.all(jnp.isfinite(ascended.multiplier))
 
-        new_updates, inner_state = jax.lax.cond(
-            usable, inner_update, lambda: (optax.tree.zeros_like(direction), state.inner_state)
-        )
-        surgery = dual_lib.select(
-            usable, dual_lib.accept(ascended, at.losses), dual_lib.skip(state.surgery)
-        )
+        new_updates, inner_state = jax.lax.cond(usable, inner_update, keep, *step)
+        surgery = dual_lib.select(usable, dual_lib.accept(ascended, at.losses), dual_lib.skip(state.surgery))
         return new_updates, EupmuState(surgery, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -7,7 +7,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import eupmu_jax as eu
@@ -27,8 +26,13 @@ class MLP(nn.Module):
         return nn.Dense(self.classes)(x)
 
 
+def apply(model: nn.Module, params: Any, x: Any) -> jax.Array:
+    """Logits [n, classes]."""
+    return jnp.asarray(model.apply({"params": params}, x))
+
+
 def mean_cross_entropy(model: nn.Module, params: Any, examples: Examples) -> jax.Array:
-    logits = model.apply({"params": params}, examples.x)
+    logits = apply(model, params, examples.x)
     return optax.softmax_cross_entropy_with_integer_labels(logits, examples.y).mean()
 
 
@@ -37,15 +41,9 @@ def make_losses(model: nn.Module) -> Callable[[Any, tuple[Examples, Examples]], 
 
     def losses_fn(params, batch):
         forget, retain = batch
-        return eu.Losses(
-            mean_cross_entropy(model, params, forget), mean_cross_entropy(model, params, retain)
-        )
+        return eu.Losses(mean_cross_entropy(model, params, forget), mean_cross_entropy(model, params, retain))
 
     return losses_fn
-
-
-def predictor(model: nn.Module, params: Any) -> Callable[[np.ndarray], jax.Array]:
-    return jax.jit(lambda x: jax.nn.softmax(model.apply({"params": params}, x)))
 
 
 def train(

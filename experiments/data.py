@@ -1,8 +1,10 @@
 """Data sets as arrays, and their split into what to forget and what to retain."""
 
 import gzip
+import math
 import pathlib
-from typing import NamedTuple
+import zlib
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -14,8 +16,8 @@ FASHION_MNIST_DIR = pathlib.Path("/usr/share/datasets/fashion-mnist")
 class Examples(NamedTuple):
     """Inputs, float32 in [0, 1], [n, features], and labels, int32 [n]."""
 
-    x: np.ndarray
-    y: np.ndarray
+    x: Any
+    y: Any
 
     def __getitem__(self, rows):  # type: ignore[override]
         return Examples(self.x[rows], self.y[rows])
@@ -35,15 +37,10 @@ class Split(NamedTuple):
 
 def digits(seed: int) -> tuple[Examples, Examples]:
     """scikit-learn's 8x8 digits: 1,437 training and 360 test images of 10 classes."""
-    data = load_digits()
-    x_train, x_test, y_train, y_test = train_test_split(
-        (data.data / 16).astype(np.float32),
-        data.target.astype(np.int32),
-        test_size=360,
-        random_state=seed,
-        stratify=data.target,
-    )
-    return Examples(x_train, y_train), Examples(x_test, y_test)
+    x, y = (np.asarray(part) for part in load_digits(return_X_y=True))
+    data = Examples((x / 16).astype(np.float32), y.astype(np.int32))
+    train, test = train_test_split(np.arange(len(y)), test_size=360, random_state=seed, stratify=y)
+    return data[train], data[test]
 
 
 def fashion_mnist(seed: int, directory: pathlib.Path, train_size: int, test_size: int):
@@ -70,15 +67,15 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
         )
     try:
         raw = path.read_bytes() if path.exists() else gzip.decompress(zipped.read_bytes())
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{zipped} is damaged: {error}") from error
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
         raise ValueError(f"{path} is not an IDX file of unsigned bytes")
-    shape = tuple(np.frombuffer(raw, ">u4", count=raw[3], offset=4).astype(int)) if len(raw) >= 4 + 4 * raw[3] else ()
-    body = np.frombuffer(raw, np.uint8, offset=min(4 + 4 * raw[3], len(raw)))
-    if not shape or body.size != np.prod(shape):
-        raise ValueError(f"{path} is damaged: {body.size} bytes of data for shape {shape}")
-    return body.reshape(shape)
+    header = 4 + 4 * raw[3]
+    shape = tuple(int.from_bytes(raw[start : start + 4], "big") for start in range(4, header, 4))
+    if len(raw) != header + math.prod(shape):
+        raise ValueError(f"{path} is damaged: {len(raw) - header} bytes of data for shape {shape}")
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 
 
 def forget_class(train: Examples, test: Examples, label: int) -> Split:

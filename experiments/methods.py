@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import eupmu_jax as eu
-from experiments.data import Examples, batch_rows, Split
+from experiments.data import Split, batch_rows
 
 
 class Method(NamedTuple):
@@ -55,7 +55,7 @@ def eupmu(losses_fn, optimizer: optax.GradientTransformation, **settings) -> Met
     tx = eu.eupmu(losses_fn, optimizer, **settings)
 
     def step(params, state, batch):
-        updates, state = tx.update(None, state, params, batch=batch)
+        updates, state = tx.update(None, state, params, batch=batch)  # pyright: ignore[reportArgumentType]
         info = eu.surgery_info(state)
         losses = eu.Losses(info.forget_loss, info.retain_loss)
         return optax.apply_updates(params, updates), state, record(losses, info.multiplier)
@@ -92,7 +92,8 @@ def unlearn(
     chunk = max(1, steps // 10)
     run = compiled(method.step)
     for start in range(0, steps, chunk):
-        params, state, seen = run(params, state, data, jax.tree.map(lambda r: r[start : start + chunk], rows))
+        here = tuple(r[start : start + chunk] for r in rows)
+        params, state, seen = run(params, state, data, here)
         records.append(jax.device_get(seen))
         report(min(chunk, steps - start))
     return params, jax.tree.map(lambda *parts: np.concatenate(parts), *records)
@@ -104,7 +105,7 @@ def compiled(step):
     @partial(jax.jit, donate_argnums=(0, 1))
     def run(params, state, data, rows):
         def body(carry, rows):
-            batch = tuple(examples[index] for examples, index in zip(data, rows))
+            batch = tuple(examples[index] for examples, index in zip(data, rows, strict=True))
             params, state, seen = step(*carry, batch)
             return (params, state), seen
 

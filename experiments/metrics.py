@@ -12,9 +12,7 @@ def evaluate(predict, split: Split) -> dict[str, float]:
     UA = 100 - accuracy on the forget set, RA and TA the accuracies on the retain and test sets, MIA
     the share of forget examples that a membership attack takes for non-members.
     """
-    forget, retain, test = (
-        (np.asarray(predict(examples.x)), examples.y) for examples in split
-    )
+    forget, retain, test = ((np.asarray(predict(examples.x)), examples.y) for examples in split)
     accuracy = lambda probabilities, y: 100 * float(np.mean(probabilities.argmax(-1) == y))
     return {
         "UA": 100 - accuracy(*forget),

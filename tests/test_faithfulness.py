@@ -168,10 +168,11 @@ def test_explicit_trajectory(x64):
 def test_explicit_pairs(name, x64):
     case = CASES[name]
     problem, trajectory = case["problem"], case["trajectory"]
-    for i, (g_f, g_r) in enumerate(zip(problem["g_f"], problem["g_r"])):
+    for i, (g_f, g_r) in enumerate(zip(problem["g_f"], problem["g_r"], strict=True)):
         g_f, g_r = jnp.asarray(g_f, jnp.float64), jnp.asarray(g_r, jnp.float64)
         direction, multiplier = eu.unilateral_projection(g_f, g_r, case["settings"]["epsilon"])
-        assert jnp.all(jnp.isfinite(direction)) and jnp.isfinite(multiplier)
+        assert jnp.all(jnp.isfinite(direction))
+        assert jnp.isfinite(multiplier)
         if float(g_r @ g_r) < 1e-6:
             continue  # the 1e-8 that the released code adds to |g_r|^2 shows there
         theirs = np.asarray(trajectory["combined"][i])
