@@ -1,4 +1,4 @@
-"""Suite-wide settings: eight host devices, no implicit rank promotion."""
+"""Eight host devices for every test; float64 and strictness on demand."""
 
 import os
 
@@ -7,8 +7,6 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import jax
 import pytest
-
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture
@@ -20,6 +18,6 @@ def x64():
 
 @pytest.fixture
 def strict():
-    """No implicit dtype promotion either; optax's own Adam does not pass this."""
-    with jax.numpy_dtype_promotion("strict"):
+    """No implicit promotion of dtypes or ranks; optax's own Adam does not pass this."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
