@@ -58,7 +58,7 @@ def make_dual(tolerance, dual_optimizer, initial_multiplier, log_losses, normali
             f"initial_multiplier must be a scalar or of shape [K], got shape {np.shape(initial_multiplier)}"
         )
     if not isinstance(initial_multiplier, Tracer):
-        concrete = np.asarray(initial_multiplier, np.float64)
+        concrete = as_numbers(initial_multiplier, "initial_multiplier")
         if not (np.all(np.isfinite(concrete)) and np.all(concrete >= 0)):
             raise ValueError(f"initial_multiplier must be finite and >= 0, got {initial_multiplier}")
     if dual_optimizer is None:
@@ -68,7 +68,7 @@ def make_dual(tolerance, dual_optimizer, initial_multiplier, log_losses, normali
         tolerance,
         optax.with_extra_args_support(dual_optimizer),
         initial_multiplier,
-        True if log_losses is None else bool(log_losses),
+        bool(log_losses),
         True if normalize_weights is None else bool(normalize_weights),
     )
 
@@ -78,6 +78,14 @@ def check_transformation(transformation, name: str) -> None:
         raise TypeError(
             f"{name} must be an optax.GradientTransformation (or None), got {type(transformation).__name__}"
         )
+
+
+def as_numbers(value, name: str) -> np.ndarray:
+    """A concrete value in float64; TypeError unless it is made of real numbers."""
+    numbers = np.asarray(value)
+    if not (jnp.issubdtype(numbers.dtype, jnp.floating) or jnp.issubdtype(numbers.dtype, jnp.integer)):
+        raise TypeError(f"{name} must be a real number or an array of them, got {value!r}")
+    return numbers.astype(np.float64)
 
 
 def check_tolerance(tolerance, utilities: tuple[int, ...]) -> None:
@@ -90,7 +98,7 @@ def check_tolerance(tolerance, utilities: tuple[int, ...]) -> None:
             f"got shape {np.shape(tolerance)}"
         )
     concrete = not isinstance(tolerance, Tracer)
-    if concrete and not np.all(np.isfinite(np.asarray(tolerance, np.float64))):
+    if concrete and not np.all(np.isfinite(as_numbers(tolerance, "tolerance"))):
         raise ValueError(f"tolerance must be finite, got {tolerance}")
 
 

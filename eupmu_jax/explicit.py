@@ -51,10 +51,10 @@ def unilateral_projection(
     """
     if callable(tolerance):
         raise TypeError("tolerance must be a number or an array here: a projection counts no steps")
-    utilities = utilities_shape(forget_grads, retain_grads)
-    check_tolerance(tolerance, utilities)
     check_differentiable(forget_grads, "forget_grads")
     check_differentiable(retain_grads, "retain_grads")
+    utilities = utilities_shape(forget_grads, retain_grads)
+    check_tolerance(tolerance, utilities)
     forget_leaves, structure = jax.tree.flatten(forget_grads)
     retain_leaves = jax.tree.leaves(retain_grads)
     dtype = accumulation_dtype(*forget_leaves, *retain_leaves)

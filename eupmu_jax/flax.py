@@ -7,6 +7,7 @@ NNX needs nothing: ``nnx.Optimizer.update(model, grads, **extra_args)`` forwards
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
@@ -26,11 +27,17 @@ class TrainState(train_state.TrainState):
       >>> tx = eu.eupmu(losses_fn, optax.sgd(0.1))
       >>> state = TrainState.create(apply_fn=None, params={"w": jnp.array(0.5)}, tx=tx)
       >>> state = state.apply_gradients(batch=jnp.array(0.0))
-      >>> state.step, float(eu.surgery_info(state.opt_state).retain_loss)
+      >>> int(state.step), float(eu.surgery_info(state.opt_state).retain_loss)
       (1, 0.25)
 
     Source: ours.
     """
+
+    @classmethod
+    def create(cls, *, apply_fn: Any, params: Any, tx: Any, **kwargs: Any) -> "TrainState":
+        """As in Flax, but with ``step`` an array, so that the second step compiles nothing anew."""
+        state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
+        return state.replace(step=jnp.zeros([], jnp.int32))
 
     def apply_gradients(self, *, grads: Any = None, **kwargs: Any) -> "TrainState":
         """A new state after one update.

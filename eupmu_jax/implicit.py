@@ -42,7 +42,7 @@ def implicit_surgery(
       v_t &= r_t(\theta_t) - r_{t-1}(\theta_{t-1}) - \epsilon_{t-1} \\
       \lambda_{t+1} &= \max(0, \mathrm{dual}(\lambda_t, -v_t)) \quad\text{(update; none at } t = 0)
 
-    with r = log R (R where ``log_losses=False``). So the dual step lands one step later than in
+    with r = R (log R where ``log_losses=True``). So the dual step lands one step later than in
     ``eupmu(measure="lagged")``: what is seen at theta_t weighs the gradient of step t + 1.
 
     Args:

@@ -46,8 +46,9 @@ def checked(losses: Any, source: str = "losses_fn must return") -> Losses:
     if not isinstance(losses, Losses):
         raise TypeError(f"{source} eupmu_jax.Losses(forget, retain), got {type(losses).__name__}")
     for name, loss, highest_rank in (("forget", losses.forget, 0), ("retain", losses.retain, 1)):
-        dtype = jnp.result_type(loss)
-        if not jnp.issubdtype(dtype, jnp.floating):
+        known = hasattr(loss, "dtype") or isinstance(loss, int | float)
+        dtype = jnp.result_type(loss) if known else type(loss).__name__
+        if not known or not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"Losses.{name} must be floating point, got {dtype}")
         if jnp.ndim(loss) > highest_rank:
             wanted = "a scalar" if highest_rank == 0 else "a scalar or of shape [K]"

@@ -35,8 +35,8 @@ def eupmu(
     r"""EUPMU: an optimiser that forgets while the retain loss may rise only by a tolerance per step.
 
     Computes its own gradient: one forward pass and one backward pass of the weighted losses at
-    theta_t, whatever K is. With the objectives u = log U and r_k = log R_k (or U and R_k where
-    ``log_losses=False``) and eps_t the tolerance,
+    theta_t, whatever K is. With the objectives u = U and r_k = R_k (or their logarithms where
+    ``log_losses=True``) and eps_t the tolerance,
 
     .. math::
       d_t &= \big(\nabla u + \textstyle\sum_k \lambda_{t,k} \nabla r_k\big)(\theta_t) \;/\;
@@ -82,9 +82,10 @@ def eupmu(
       initial_multiplier: lambda_0 >= 0, a scalar, or [K] for K utilities; its shape fixes K. The
         default 1.0 protects from the first step on. The multiplier is float32, or float64 where this
         is a float64 array and x64 is enabled.
-      log_losses: optimise and bound the logarithms of the losses. None is True: scale-free, and the
-        retain loss's weight grows as it gets small. Needs losses > 0: for a forget loss that can be
-        negative (gradient ascent) pass False, or every step is skipped.
+      log_losses: optimise and bound the logarithms of the losses, which makes weights and tolerance
+        scale-free and protects a retain loss the more the smaller it is: the released look-ahead's
+        choice. None is False: a logarithm has no floor, so that a loss which can be fitted to zero
+        pulls without end (1 / U grows), and a loss <= 0 (gradient ascent) has every step skipped.
       normalize_weights: divide the weights by 1 + sum(lambda), so that a large multiplier does not
         lengthen the step. None is True.
       axis_name: mesh axis or axes to average over inside shard_map or pmap, where every shard's
@@ -128,7 +129,7 @@ def eupmu(
       ...     x, state = step(x, state, batch)
       >>> info = eu.surgery_info(state)  # the losses were 5 and 1 at the start
       >>> round(float(info.forget_loss), 2), round(float(info.retain_loss), 2)
-      (4.05, 0.66)
+      (3.11, 1.13)
 
     Source: EUPMU, arXiv 2510.22124 ("lookahead", and "lagged" as its fast variant in the released
     code); "directional", K utilities, and skipping are ours.

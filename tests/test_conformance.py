@@ -44,7 +44,7 @@ def feed_eupmu(params, state):
 
 
 def feed_implicit(params, state):
-    losses, grads = eu.implicit_surgery(log_losses=False).value_and_grad(losses_fn)(params, (), state)
+    losses, grads = eu.implicit_surgery().value_and_grad(losses_fn)(params, (), state)
     return grads, {"losses": losses}
 
 
@@ -55,12 +55,12 @@ def feed_explicit(params, state):
 
 
 def eupmu_case(measure):
-    factory = partial(eu.eupmu, losses_fn=losses_fn, inner=optax.sgd(1e-2), measure=measure, log_losses=False)
+    factory = partial(eu.eupmu, losses_fn=losses_fn, inner=optax.sgd(1e-2), measure=measure)
     return Case(factory, ("losses_fn",), feed_eupmu)
 
 
 CASES = {measure: eupmu_case(measure) for measure in ("lookahead", "lagged", "directional")} | {
-    "implicit": Case(partial(eu.implicit_surgery, log_losses=False), (), feed_implicit),
+    "implicit": Case(partial(eu.implicit_surgery), (), feed_implicit),
     "explicit": Case(eu.explicit_surgery, (), feed_explicit),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -182,7 +182,6 @@ def test_schedule_is_read_at_the_step_that_it_bounds(measure):
         optax.sgd(0.0),
         tolerance=tolerance,
         measure=measure,
-        log_losses=False,
     )
     x = jnp.array(1.0)
     state, seen = tx.init(x), []
@@ -365,7 +364,7 @@ def test_lagged_eupmu_as_the_first_link_equals_eupmu_with_an_inner():
 
 
 def test_incoming_updates_are_added_to_the_direction():
-    tx = eu.eupmu(losses_fn, measure="lagged", log_losses=False)
+    tx = eu.eupmu(losses_fn, measure="lagged")
     regulariser = jax.tree.map(lambda p: 0.1 * p, start())
     plain, _ = tx.update(None, tx.init(start()), start(), batch=())
     both, _ = tx.update(regulariser, tx.init(start()), start(), batch=())
@@ -406,7 +405,7 @@ def test_multisteps_accumulates_before_it_moves(case, dtype):
 
 
 def test_multisteps_shows_the_last_losses_only():
-    tx = optax.MultiSteps(eu.implicit_surgery(log_losses=False), 2)
+    tx = optax.MultiSteps(eu.implicit_surgery(), 2)
     x = jnp.array(1.0)
     state = tx.init(x)
     for retain in (5.0, 7.0):

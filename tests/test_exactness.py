@@ -263,7 +263,7 @@ def test_directional_violation_is_the_slope_of_the_dual_and_ignores_the_learning
 def test_normalised_weights_and_log_space_by_hand(x64):
     """One step of K = 2 in log space: d = (g_f / U + sum lambda_k g_k / R_k) / (1 + sum lambda)."""
     losses_fn = lambda x, batch: eu.Losses(3.0 * x[0] + 2.0, jnp.stack([x[0] + 4.0, 2.0 * x[1] + 8.0]))
-    tx = eu.eupmu(losses_fn, measure="lagged", initial_multiplier=jnp.asarray([1.0, 2.0]))
+    tx = eu.eupmu(losses_fn, measure="lagged", log_losses=True, initial_multiplier=jnp.asarray([1.0, 2.0]))
     x = jnp.zeros(2)
     direction, _ = tx.update(None, tx.init(x), x, batch=())
     np.testing.assert_allclose(direction, [(3 / 2 + 1 / 4) / 4, (2 * 2 / 8) / 4], rtol=1e-12)

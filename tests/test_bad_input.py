@@ -1,0 +1,293 @@
+"""Bad input: a clear error where one can be raised, a skipped and counted step under jit."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import eupmu_jax as eu
+
+SGD = optax.sgd(0.1, momentum=0.9)
+X = {"w": jnp.array([1.0, 2.0])}
+
+
+def losses_fn(params, batch):
+    """Both losses times the batch's two factors, so that a test can break either."""
+    square = jnp.sum(params["w"] ** 2)
+    return eu.Losses(batch[0] * square, batch[1] * square)
+
+
+def first_update(losses_fn, params=X, batch=(1.0, 1.0), **settings):
+    tx = eu.eupmu(losses_fn, SGD, **settings)
+    return tx.update(None, tx.init(params), params, batch=batch)
+
+
+@pytest.mark.parametrize(
+    ("losses_fn", "error", "match"),
+    [
+        (lambda p, b: p["w"].sum(), TypeError, r"must return eupmu_jax\.Losses"),
+        (lambda p, b: (p["w"].sum(), p["w"].sum()), TypeError, "got tuple"),
+        (lambda p, b: eu.Losses(p["w"], p["w"].sum()), ValueError, "Losses.forget must be a scalar"),
+        (lambda p, b: eu.Losses(p["w"].sum(), p["w"][None]), ValueError, r"Losses.retain.*shape \(1, 2\)"),
+        (lambda p, b: eu.Losses(p["w"].sum(), p["w"]), ValueError, "initial_multiplier"),
+        (lambda p, b: eu.Losses(jnp.int32(1), p["w"].sum()), TypeError, "Losses.forget must be floating"),
+        (lambda p, b: eu.Losses("a", p["w"].sum()), TypeError, "Losses.forget"),
+        (lambda p, b: eu.Losses(p["w"].sum(), None), TypeError, "Losses.retain"),
+    ],
+)
+def test_losses_fn_returns_something_else(losses_fn, error, match):
+    with pytest.raises(error, match=match):
+        first_update(losses_fn)
+    surgery = eu.implicit_surgery()
+    with pytest.raises(error, match=match):
+        surgery.value_and_grad(losses_fn)(X, (), surgery.init(X))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"measure": "look-ahead"}, ValueError, "lookahead, lagged, directional"),
+        ({"initial_multiplier": -1.0}, ValueError, "initial_multiplier must be finite and >= 0"),
+        ({"initial_multiplier": [1.0, -1.0]}, ValueError, "initial_multiplier"),
+        ({"initial_multiplier": float("nan")}, ValueError, "initial_multiplier"),
+        ({"initial_multiplier": jnp.ones((2, 2))}, ValueError, "initial_multiplier must be a scalar or"),
+        ({"initial_multiplier": None}, TypeError, "initial_multiplier"),
+        ({"tolerance": jnp.zeros(3)}, ValueError, "tolerance must be a scalar or have the shape"),
+        ({"tolerance": jnp.zeros(3), "initial_multiplier": jnp.ones(2)}, ValueError, "tolerance"),
+        ({"tolerance": float("inf")}, ValueError, "tolerance must be finite"),
+        ({"tolerance": "0.1"}, TypeError, "tolerance"),
+        ({"dual_optimizer": 0.1}, TypeError, "dual_optimizer must be an optax"),
+        ({"inner": 0.1}, TypeError, "inner must be an optax"),
+        ({"inner": None}, ValueError, "pass inner"),
+    ],
+)
+def test_settings(settings, error, match):
+    with pytest.raises(error, match=match):
+        eu.eupmu(losses_fn, **({"inner": SGD} | settings))
+    if not {"measure", "inner"} & settings.keys():
+        with pytest.raises(error, match=match):
+            eu.implicit_surgery(**settings)
+
+
+def test_losses_fn_is_no_function():
+    with pytest.raises(TypeError, match="losses_fn must be a function"):
+        eu.eupmu(SGD, SGD)
+
+
+def test_schedule_of_the_wrong_shape():
+    with pytest.raises(ValueError, match="tolerance"):
+        first_update(losses_fn, tolerance=lambda step: jnp.zeros(2))
+
+
+def test_missing_arguments():
+    tx = eu.eupmu(losses_fn, SGD)
+    with pytest.raises(TypeError, match="batch="):
+        tx.update(None, tx.init(X), X)
+    with pytest.raises(TypeError, match="params"):
+        tx.update(None, tx.init(X), batch=(1.0, 1.0))
+    with pytest.raises(ValueError, match="updates must be None or a pytree like params"):
+        tx.update(jnp.ones(2), tx.init(X), X, batch=(1.0, 1.0))
+    surgery = eu.implicit_surgery()
+    with pytest.raises(TypeError, match="losses="):
+        surgery.update(X, surgery.init(X), X)
+    with pytest.raises(TypeError, match=r"losses must be eupmu_jax\.Losses"):
+        surgery.update(X, surgery.init(X), X, losses=(1.0, 1.0))
+    exact = eu.explicit_surgery()
+    with pytest.raises(TypeError, match="retain_grads="):
+        exact.update(X, exact.init(X), X)
+
+
+def test_number_of_utilities_changes():
+    two = lambda p, b: eu.Losses(p["w"].sum(), p["w"])
+    tx = eu.eupmu(
+        lambda p, b: two(p, b) if b else losses_fn(p, (1.0, 1.0)), SGD, initial_multiplier=jnp.ones(2)
+    )
+    _, state = tx.update(None, tx.init(X), X, batch=(1,))
+    with pytest.raises(ValueError, match=r"shape \(\).*initial_multiplier has shape \(2,\)"):
+        tx.update(None, state, X, batch=())
+    surgery = eu.implicit_surgery(initial_multiplier=jnp.ones(2))
+    with pytest.raises(ValueError, match="initial_multiplier"):
+        surgery.update(X, surgery.init(X), X, losses=eu.Losses(1.0, 1.0))
+
+
+@pytest.mark.parametrize("leaf", [jnp.array([1, 2]), jax.random.key(0), jnp.array(True), jnp.array(1j)])
+def test_leaves_that_are_not_real_floating_point(leaf):
+    params = X | {"other": leaf}
+    for call in (
+        lambda: first_update(losses_fn, params),
+        lambda: eu.forget_and_retain_grads(losses_fn)(params, (1.0, 1.0)),
+        lambda: eu.implicit_surgery().value_and_grad(losses_fn)(
+            params, (1.0, 1.0), eu.implicit_surgery().init(X)
+        ),
+        lambda: eu.unilateral_projection(params, params),
+    ):
+        with pytest.raises(TypeError, match=r"\['other'\].*freeze"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain", "tolerance", "error"),
+    [
+        (jnp.ones(3), jnp.ones(2), 0.0, ValueError),
+        (jnp.ones(3), {"w": jnp.ones(3)}, 0.0, ValueError),
+        ((jnp.ones(3), jnp.ones(2)), (jnp.ones((2, 3)), jnp.ones((4, 2))), 0.0, ValueError),
+        (jnp.ones(3), jnp.ones((2, 3)), jnp.zeros(3), ValueError),
+        (jnp.ones(3), jnp.ones(3), jnp.zeros(3), ValueError),
+        (jnp.ones(3), jnp.ones(3), float("nan"), ValueError),
+        (jnp.ones(3), jnp.ones(3), lambda step: 0.0, TypeError),
+        (jnp.ones(3), None, 0.0, TypeError),
+        (jnp.array([1, 2, 3]), jnp.ones(3), 0.0, TypeError),
+    ],
+)
+def test_projection_of_what_does_not_fit(forget, retain, tolerance, error):
+    with pytest.raises(error, match=r"retain_grads|tolerance|forget_grads"):
+        eu.unilateral_projection(forget, retain, tolerance)
+
+
+def test_explicit_surgery_refuses_a_schedule_and_a_bad_tolerance():
+    with pytest.raises(TypeError, match="inject_hyperparams"):
+        eu.explicit_surgery(tolerance=optax.constant_schedule(0.1))
+    with pytest.raises(ValueError, match="tolerance must be finite"):
+        eu.explicit_surgery(tolerance=float("nan"))
+    with pytest.raises(ValueError, match="tolerance"):
+        eu.explicit_surgery(tolerance=jnp.zeros((2, 2)))
+
+
+def test_has_aux_without_aux():
+    surgery = eu.implicit_surgery()
+    with pytest.raises(TypeError, match=r"\(Losses, aux\)"):
+        surgery.value_and_grad(losses_fn, has_aux=True)(X, (1.0, 1.0), surgery.init(X))
+
+
+# Faults that only show at run time.
+
+BAD_BATCHES = {
+    "forget NaN": (jnp.nan, 1.0),
+    "retain NaN": (1.0, jnp.nan),
+    "forget inf": (jnp.inf, 1.0),
+    "retain inf": (1.0, jnp.inf),
+    "forget negative": (-1.0, 1.0),
+    "retain negative": (1.0, -1.0),
+    "forget zero": (0.0, 1.0),
+    "retain zero": (1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("measure", ["lookahead", "lagged", "directional"])
+def test_eupmu_skips_a_bad_step_whole(measure):
+    tx = eu.eupmu(losses_fn, SGD, measure=measure, log_losses=True)
+    update = jax.jit(tx.update)
+    params, state = X, tx.init(X)
+    for _ in range(2):
+        updates, state = update(None, state, params, batch=(1.0, 1.0))
+        params = optax.apply_updates(params, updates)
+    for count, batch in enumerate(BAD_BATCHES.values(), start=1):
+        updates, after = update(None, state, params, batch=batch)
+        chex.assert_trees_all_equal(updates, optax.tree.zeros_like(params))
+        assert int(eu.surgery_info(after).skipped_steps) == count
+        kept = after._replace(surgery=after.surgery._replace(skipped_steps=state.surgery.skipped_steps))
+        chex.assert_trees_all_equal(kept, state)
+        state = after
+    updates, _ = update(None, state, params, batch=(1.0, 1.0))
+    assert np.all(updates["w"] != 0)
+
+
+@pytest.mark.parametrize("measure", ["lookahead", "lagged", "directional"])
+def test_raw_space_needs_finite_losses_only(measure):
+    tx = eu.eupmu(losses_fn, SGD, measure=measure)
+    for name, batch in BAD_BATCHES.items():
+        _, state = jax.jit(tx.update)(None, tx.init(X), X, batch=batch)
+        bad = "NaN" in name or "inf" in name
+        assert int(eu.surgery_info(state).skipped_steps) == bad, name
+
+
+@pytest.mark.parametrize("measure", ["lookahead", "lagged", "directional"])
+def test_non_finite_gradient_of_finite_losses(measure):
+    root = lambda params, batch: eu.Losses(1 + jnp.sum(jnp.sqrt(params["w"] * batch)), jnp.float32(1))
+    tx = eu.eupmu(root, SGD, measure=measure)
+    updates, state = jax.jit(tx.update)(None, tx.init(X), X, batch=0.0)
+    chex.assert_trees_all_equal(updates, optax.tree.zeros_like(X))
+    assert int(eu.surgery_info(state).skipped_steps) == 1
+
+
+@pytest.mark.parametrize("after", [jnp.nan, jnp.inf, -1.0])
+def test_bad_lookahead_alone_rolls_the_whole_step_back(after):
+    """The losses are good at params and bad wherever inner moves."""
+
+    def trap(params, batch):
+        del batch
+        here = jnp.all(params["w"] == X["w"])
+        retain = jnp.where(here, jnp.sum(params["w"] ** 2), after)
+        return eu.Losses(jnp.sum(params["w"] ** 2), retain)
+
+    tx = eu.eupmu(trap, SGD, log_losses=True)
+    start = tx.init(X)
+    updates, state = jax.jit(tx.update)(None, start, X, batch=())
+    chex.assert_trees_all_equal(updates, optax.tree.zeros_like(X))
+    chex.assert_trees_all_equal(state.inner_state, start.inner_state)
+    assert float(eu.multiplier(state)) == 1.0
+    assert int(eu.surgery_info(state).skipped_steps) == 1
+
+
+def test_a_dual_step_that_overflows_is_not_taken():
+    dual = optax.scale(-3e38)
+    tx = eu.eupmu(losses_fn, SGD, tolerance=-1e3, dual_optimizer=dual)
+    updates, state = tx.update(None, tx.init(X), X, batch=(1.0, 1.0))
+    assert float(eu.multiplier(state)) == 1.0
+    assert int(eu.surgery_info(state).skipped_steps) == 1
+    chex.assert_trees_all_equal(updates, optax.tree.zeros_like(X))
+
+
+def test_implicit_surgery_zeroes_its_output_and_keeps_its_state():
+    surgery = eu.implicit_surgery(log_losses=True)
+    state = surgery.init(X)
+    _, state = surgery.update(X, state, X, losses=eu.Losses(jnp.float32(1), jnp.float32(2)))
+    one = jnp.float32(1)
+    bad_losses = [eu.Losses(one * f, one * r) for f, r in BAD_BATCHES.values()]
+    good = eu.Losses(one, one)
+    for count, (grads, losses) in enumerate(
+        [(X, losses) for losses in bad_losses] + [({"w": jnp.array([1.0, jnp.nan])}, good)], start=1
+    ):
+        updates, after = jax.jit(surgery.update)(grads, state, X, losses=losses)
+        chex.assert_trees_all_equal(updates, optax.tree.zeros_like(X))
+        assert int(after.skipped_steps) == count
+        chex.assert_trees_all_equal(after._replace(skipped_steps=state.skipped_steps), state)
+        state = after
+    tx = optax.chain(surgery, SGD)
+    losses = eu.Losses(jnp.float32(1), jnp.float32(1))
+    _, state = tx.update(X, tx.init(X), X, losses=losses)
+    moved, _ = tx.update(X, state, X, losses=losses._replace(forget=jnp.float32(jnp.nan)))
+    assert np.all(moved["w"] != 0), "documented: momentum after implicit_surgery still moves"
+
+
+def test_explicit_surgery_zeroes_a_non_finite_direction():
+    tx = eu.explicit_surgery()
+    bad = {"w": jnp.array([jnp.nan, 1.0])}
+    for forget, retain in ((bad, X), (X, bad)):
+        updates, _ = jax.jit(tx.update)(forget, tx.init(X), X, retain_grads=retain)
+        chex.assert_trees_all_equal(updates, optax.tree.zeros_like(X))
+
+
+def test_faults_under_scan_do_not_stop_a_run():
+    batches = (jnp.ones(50), jnp.where(jnp.arange(50) % 7 == 3, jnp.nan, 1.0))
+    tx = eu.eupmu(losses_fn, SGD)
+
+    def step(carry, batch):
+        params, state = carry
+        updates, state = tx.update(None, state, params, batch=batch)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, state), _ = jax.lax.scan(step, (X, tx.init(X)), batches)
+    assert int(eu.surgery_info(state).skipped_steps) == 7
+    assert np.all(np.isfinite(params["w"]))
+
+
+def test_zero_retain_gradient_leaves_the_direction_and_reports_the_violation():
+    losses_fn = lambda p, b: eu.Losses(jnp.sum(p["w"]), jnp.float32(1))
+    tx = eu.eupmu(losses_fn, measure="directional", tolerance=-0.5, initial_multiplier=0.0)
+    direction, state = tx.update(None, tx.init(X), X, batch=())
+    np.testing.assert_array_equal(direction["w"], jnp.ones(2))
+    assert float(eu.surgery_info(state).violation) == 0.5
+    assert np.isfinite(float(eu.multiplier(state)))

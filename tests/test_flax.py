@@ -1,0 +1,221 @@
+"""Linen and NNX models, with batch norm and dropout, through eupmu and implicit_surgery."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import eupmu_jax as eu
+from eupmu_jax.flax import TrainState
+
+X = jax.random.normal(jax.random.key(0), (64, 8))
+Y = (X[:, 0] > 0).astype(jnp.int32)
+BATCH = {"forget": (X[:16], 1 - Y[:16]), "retain": (X[16:], Y[16:])}
+
+
+def cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.relu(nn.Dense(32)(x))
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        x = nn.Dropout(0.1, deterministic=not train)(x)
+        return nn.Dense(2)(x)
+
+
+class LinenState(TrainState):
+    batch_stats: dict
+
+
+def retain_accuracy(logits):
+    return float(jnp.mean(jnp.argmax(logits[16:], -1) == Y[16:]))
+
+
+def test_linen_with_batch_norm_and_dropout_in_pieces():
+    model = Linen()
+    variables = model.init(jax.random.key(1), X, train=False)
+    surgery = eu.implicit_surgery(tolerance=-0.01)
+    state = LinenState.create(
+        apply_fn=model.apply,
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        tx=optax.chain(surgery, optax.adam(1e-2)),
+    )
+
+    @jax.jit
+    def step(state, batch, key):
+        def losses_fn(params, batch):
+            x = jnp.concatenate([batch["forget"][0], batch["retain"][0]])
+            logits, changed = state.apply_fn(
+                {"params": params, "batch_stats": state.batch_stats},
+                x,
+                train=True,
+                rngs={"dropout": key},
+                mutable=["batch_stats"],
+            )
+            losses = eu.Losses(
+                cross_entropy(logits[:16], batch["forget"][1]), cross_entropy(logits[16:], batch["retain"][1])
+            )
+            return losses, changed["batch_stats"]
+
+        value_and_grad = surgery.value_and_grad(losses_fn, has_aux=True)
+        (losses, batch_stats), grads = value_and_grad(state.params, batch, state.opt_state)
+        return state.apply_gradients(grads=grads, losses=losses, batch_stats=batch_stats), losses
+
+    before = state
+    for key in jax.random.split(jax.random.key(2), 100):
+        state, losses = step(state, BATCH, key)
+    assert step._cache_size() == 1
+    assert int(state.step) == 100
+    assert not np.allclose(
+        state.batch_stats["BatchNorm_0"]["mean"], before.batch_stats["BatchNorm_0"]["mean"]
+    )
+    assert int(eu.surgery_info(state.opt_state).skipped_steps) == 0
+    logits = model.apply({"params": state.params, "batch_stats": state.batch_stats}, X, train=False)
+    assert retain_accuracy(logits) > 0.9
+    assert float(losses.retain) < 0.3
+
+
+def test_linen_with_dropout_through_eupmu_and_train_state():
+    model = Linen()
+    variables = model.init(jax.random.key(1), X, train=False)
+
+    def losses_fn(params, batch):
+        def loss(part, key):
+            x, labels = part
+            logits = model.apply({"params": params, "batch_stats": variables["batch_stats"]}, x, train=False)
+            noise = 0.01 * jax.random.normal(key, logits.shape)
+            return cross_entropy(logits + noise, labels)
+
+        keys = jax.random.split(batch["key"])
+        return eu.Losses(loss(batch["forget"], keys[0]), loss(batch["retain"], keys[1]))
+
+    tx = eu.eupmu(losses_fn, optax.adam(1e-2))
+    state = TrainState.create(apply_fn=model.apply, params=variables["params"], tx=tx)
+    step = jax.jit(lambda state, batch: state.apply_gradients(batch=batch))
+    first = losses_fn(state.params, BATCH | {"key": jax.random.key(0)})
+    for i in range(60):
+        state = step(state, BATCH | {"key": jax.random.key(i)})
+    last = eu.surgery_info(state.opt_state)
+    assert float(last.retain_loss) < float(first.retain)
+    assert float(last.forget_loss) < float(first.forget)
+    assert int(state.step) == 60
+
+
+def test_train_state_serves_transformations_without_extra_args():
+    state = TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(0.5))
+    state = state.apply_gradients(grads={"w": jnp.ones(2)})
+    np.testing.assert_allclose(state.params["w"], 0.5)
+
+
+class NNX(nnx.Module):
+    def __init__(self, rngs):
+        self.hidden = nnx.Linear(8, 32, rngs=rngs)
+        self.norm = nnx.BatchNorm(32, momentum=0.9, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        self.out = nnx.Linear(32, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.dropout(self.norm(nnx.relu(self.hidden(x)))))
+
+
+def nnx_losses(model, batch):
+    x = jnp.concatenate([batch["forget"][0], batch["retain"][0]])
+    logits = model(x)
+    return eu.Losses(
+        cross_entropy(logits[:16], batch["forget"][1]), cross_entropy(logits[16:], batch["retain"][1])
+    )
+
+
+def test_nnx_with_batch_norm_and_dropout_in_pieces():
+    model = NNX(nnx.Rngs(0))
+    surgery = eu.implicit_surgery(tolerance=-0.01)
+    optimizer = nnx.Optimizer(model, optax.chain(surgery, optax.adam(1e-2)), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def losses_fn(params, batch):
+            model = nnx.merge(graphdef, params, rest, copy=True)
+            losses = nnx_losses(model, batch)
+            return losses, nnx.state(model, nnx.Not(nnx.Param))
+
+        value_and_grad = surgery.value_and_grad(losses_fn, has_aux=True)
+        state = nnx.as_pure(optimizer.opt_state)
+        (losses, rest), grads = value_and_grad(params, batch, state)
+        nnx.update(model, rest)
+        optimizer.update(model, grads, losses=losses)
+        return losses
+
+    mean = model.norm.mean[...]
+    for _ in range(100):
+        losses = step(model, optimizer, BATCH)
+    assert not np.allclose(model.norm.mean[...], mean)
+    info = eu.surgery_info(nnx.as_pure(optimizer.opt_state))
+    assert int(info.skipped_steps) == 0
+    assert float(losses.retain) < 0.3
+    model.eval()
+    assert retain_accuracy(model(X)) > 0.9
+
+
+def test_nnx_through_eupmu():
+    model = NNX(nnx.Rngs(0))
+    model.eval()
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    losses_fn = lambda params, batch: nnx_losses(nnx.merge(graphdef, params, rest), batch)
+    tx = eu.eupmu(losses_fn, optax.adam(1e-2))
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, batch):
+        updates, state = tx.update(None, state, params, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    first = losses_fn(params, BATCH)
+    for _ in range(50):
+        params, state = step(params, state, BATCH)
+    nnx.update(model, params)
+    assert float(nnx_losses(model, BATCH).retain) < float(first.retain)
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("through", ["eupmu", "implicit"])
+def test_lora_filter_on_nnx_moves_the_adapters_only(through):
+    class Adapted(nnx.Module):
+        def __init__(self, rngs):
+            self.hidden = nnx.LoRALinear(8, 32, lora_rank=2, rngs=rngs)
+            self.out = nnx.Linear(32, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.out(nnx.relu(self.hidden(x)))
+
+    model = Adapted(nnx.Rngs(0))
+    surgery = eu.implicit_surgery()
+    graphdef, adapters, frozen = nnx.split(model, nnx.LoRAParam, ...)
+    losses_fn = lambda adapters, batch: nnx_losses(nnx.merge(graphdef, adapters, frozen), batch)
+    tx = (
+        eu.eupmu(losses_fn, optax.adam(1e-2))
+        if through == "eupmu"
+        else optax.chain(surgery, optax.adam(1e-2))
+    )
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+    first = nnx_losses(model, BATCH)
+    weights = jnp.array(model.hidden.kernel[...])
+    for _ in range(30):
+        adapters = nnx.state(model, nnx.LoRAParam)
+        if through == "eupmu":
+            optimizer.update(model, jax.tree.map(jnp.zeros_like, adapters), batch=BATCH)
+        else:
+            state = nnx.as_pure(optimizer.opt_state)
+            losses, grads = surgery.value_and_grad(losses_fn)(adapters, BATCH, state)
+            optimizer.update(model, grads, losses=losses)
+    last = nnx_losses(model, BATCH)
+    np.testing.assert_array_equal(model.hidden.kernel[...], weights)
+    assert float(last.forget + last.retain) < float(first.forget + first.retain)
