@@ -27,7 +27,21 @@ class SurgeryState(NamedTuple):
 
 
 class SurgeryInfo(NamedTuple):
-    """What the last applied step saw; see `surgery_info`."""
+    """What the last applied step saw: the return value of `surgery_info`.
+
+    Args:
+      forget_loss: U(theta_t), shape [], in the loss's units; never a logarithm.
+      retain_loss: R(theta_t), shape [] or [K], likewise.
+      violation: of the latest dual step, [] or [K]; <= 0 where the tolerance was kept. In units of
+        the (log) retain loss per step, per unit of step length for the directional measure; 0
+        before the first dual step.
+      multiplier: as `multiplier` returns it, [] or [K].
+      skipped_steps: int32 [], bad steps since init; a skipped step changes nothing else here.
+
+    All but the last are float32, or float64 where the multiplier is.
+
+    Source: ours.
+    """
 
     forget_loss: jax.Array
     retain_loss: jax.Array
@@ -224,12 +238,8 @@ def surgery_info(state: Any) -> SurgeryInfo:
       state: as for `multiplier`.
 
     Returns:
-      A SurgeryInfo. ``forget_loss`` [] and ``retain_loss`` ([] or [K]): U and R at theta_t, never
-      logarithms, in the losses' units. ``violation`` ([] or [K]): the one of the latest dual step,
-      <= 0 where the tolerance was kept, in units of the (log) retain loss per step (per unit of
-      step length for the directional measure); 0 before the first dual step. ``multiplier``: as
-      `multiplier` returns it. ``skipped_steps`` (int32 []): bad steps since init; a skipped step
-      changes nothing else here.
+      A `SurgeryInfo`: forget_loss, retain_loss, violation, multiplier and skipped_steps; zeros
+      before the first step.
 
     Raises:
       ValueError: if there is no such state, or more than one.

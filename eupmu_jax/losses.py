@@ -17,6 +17,10 @@ class Losses(NamedTuple):
     Both are means over the batch, in the loss's own units (nats for a cross-entropy). Return them
     in float32 or wider: a difference of bfloat16 losses has too few digits to steer by.
 
+    Raises:
+      Nothing itself; the functions that receive it raise TypeError for what is not floating point
+      and ValueError for other shapes.
+
     Example:
       >>> import jax.numpy as jnp
       >>> import eupmu_jax as eu

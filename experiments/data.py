@@ -97,7 +97,7 @@ def wrong_labels(labels: np.ndarray, classes: int, seed: int) -> np.ndarray:
     return ((labels + shift) % classes).astype(np.int32)
 
 
-def batch_rows(size: int, batch_size: int, steps: int, seed: int) -> np.ndarray:
+def batch_rows(size: int, batch_size: int, steps: int, seed: int | tuple[int, ...]) -> np.ndarray:
     """Row numbers [steps, batch_size]: reshuffled passes over `size` examples, one after another."""
     rng = np.random.default_rng(seed)
     passes = -(-steps * batch_size // size)

@@ -1,7 +1,7 @@
-"""Unlearning methods behind one interface: a transformation, and the step that feeds it."""
+"""Unlearning methods behind one interface, and the loop that runs any of them."""
 
+import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,28 +23,26 @@ class Method(NamedTuple):
 def scalarisation(losses_fn, optimizer: optax.GradientTransformation, weight: float) -> Method:
     """Linear scalarisation (U + weight R) / (1 + weight): one constant weight, one backward pass."""
 
-    def objective(params, batch, weight):
-        losses = losses_fn(params, batch)
-        return (losses.forget + weight * losses.retain) / (1 + weight), losses
-
     def step(params, state, batch):
-        state, weight = state
-        (_, losses), grads = jax.value_and_grad(objective, has_aux=True)(params, batch, weight)
+        def objective(params):
+            losses = losses_fn(params, batch)
+            return (losses.forget + weight * losses.retain) / (1 + weight), losses
+
+        (_, losses), grads = jax.value_and_grad(objective, has_aux=True)(params)
         updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), (state, weight), record(losses, weight)
+        return optax.apply_updates(params, updates), state, record(losses, jnp.float32(weight))
 
-    # The weight travels in the state, so all weights share one compiled step.
-    return Method(lambda params: (optimizer.init(params), jnp.asarray(weight, jnp.float32)), step)
+    return Method(optimizer.init, step)
 
 
-def exact_surgery(losses_fn, optimizer: optax.GradientTransformation, tolerance: float = 0.0) -> Method:
-    """The closed-form projection of every step's gradients."""
-    tx = optax.chain(eu.explicit_surgery(tolerance=tolerance), optimizer)
+def exact_surgery(losses_fn, optimizer: optax.GradientTransformation) -> Method:
+    """The closed-form projection of every step's two gradients."""
+    tx = optax.chain(eu.explicit_surgery(), optimizer)
 
     def step(params, state, batch):
         losses, forget_grads, retain_grads = eu.forget_and_retain_grads(losses_fn)(params, batch)
         updates, state = tx.update(forget_grads, state, params, retain_grads=retain_grads)
-        _, multiplier = eu.unilateral_projection(forget_grads, retain_grads, tolerance)
+        _, multiplier = eu.unilateral_projection(forget_grads, retain_grads)
         return optax.apply_updates(params, updates), state, record(losses, multiplier)
 
     return Method(tx.init, step)
@@ -63,8 +61,16 @@ def eupmu(losses_fn, optimizer: optax.GradientTransformation, **settings) -> Met
     return Method(tx.init, step)
 
 
-def record(losses: eu.Losses, multiplier) -> dict[str, jax.Array]:
+def record(losses: eu.Losses, multiplier: jax.Array) -> dict[str, jax.Array]:
     return {"forget_loss": losses.forget, "retain_loss": losses.retain, "multiplier": multiplier}
+
+
+class Run(NamedTuple):
+    """Unlearned parameters, each step's record as arrays [steps], and seconds without compilation."""
+
+    params: Any
+    history: dict[str, np.ndarray]
+    seconds: float
 
 
 def unlearn(
@@ -75,41 +81,37 @@ def unlearn(
     steps: int,
     batch_size: int,
     seed: int,
-    report: Callable[[int], None] = lambda steps: None,
-) -> tuple[Any, dict[str, np.ndarray]]:
-    """Runs a method on paired forget and retain batches; returns params and each step's record.
+    report: Callable[[float], None] = lambda part: None,
+) -> Run:
+    """Runs a method on paired forget and retain batches, ten compiled chunks of steps in all.
 
-    `split.forget` carries the labels to learn in place of the true ones. Calls report with the
-    number of steps done after each compiled chunk.
+    `split.forget` carries the labels to learn in place of the true ones. `report` is called with the
+    share of the work that a chunk has done.
     """
     data = jax.tree.map(jnp.asarray, (split.forget, split.retain))
     rows = tuple(
-        batch_rows(examples.size, batch_size, steps, seed + offset)
+        batch_rows(examples.size, batch_size, steps, seed=(seed, offset)).reshape(10, -1, batch_size)
         for offset, examples in enumerate((split.forget, split.retain))
     )
-    params, state = jax.tree.map(jnp.copy, params), method.init(params)
-    records = []
-    chunk = max(1, steps // 10)
-    run = compiled(method.step)
-    for start in range(0, steps, chunk):
-        here = tuple(r[start : start + chunk] for r in rows)
-        params, state, seen = run(params, state, data, here)
-        records.append(jax.device_get(seen))
-        report(min(chunk, steps - start))
-    return params, jax.tree.map(lambda *parts: np.concatenate(parts), *records)
 
-
-def compiled(step):
-    """Many steps in one call: a scan over the rows of each step's batches."""
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def run(params, state, data, rows):
+    def run_chunk(params, state, data, rows):
         def body(carry, rows):
             batch = tuple(examples[index] for examples, index in zip(data, rows, strict=True))
-            params, state, seen = step(*carry, batch)
+            params, state = carry
+            params, state, seen = method.step(params, state, batch)
             return (params, state), seen
 
         (params, state), seen = jax.lax.scan(body, (params, state), rows)
         return params, state, seen
 
-    return run
+    params, state = jax.tree.map(jnp.copy, params), method.init(params)
+    first = tuple(r[0] for r in rows)
+    compiled = jax.jit(run_chunk, donate_argnums=(0, 1)).lower(params, state, data, first).compile()
+    history, seconds = [], 0.0
+    for chunk in zip(*rows, strict=True):
+        start = time.perf_counter()
+        params, state, seen = compiled(params, state, data, chunk)
+        history.append(jax.device_get(seen))
+        seconds += time.perf_counter() - start
+        report(1 / len(rows[0]))
+    return Run(params, jax.tree.map(lambda *parts: np.concatenate(parts), *history), seconds)

@@ -1,0 +1,74 @@
+"""What the package promises at its surface: names, docstrings, imports, strict arithmetic."""
+
+import inspect
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import eupmu_jax as eu
+
+
+@pytest.mark.parametrize("name", eu.__all__)
+def test_every_public_name_is_documented(name):
+    doc = inspect.getdoc(getattr(eu, name))
+    sections = ["Args:", "Source:"]
+    if not inspect.isclass(getattr(eu, name)):
+        sections += ["Returns:", "Raises:", "Example:", ">>> "]
+    assert doc is not None
+    assert not [section for section in sections if section not in doc]
+
+
+def test_import_needs_core_dependencies_only():
+    """Neither Flax nor an extra is imported with the package."""
+    code = (
+        "import sys; import eupmu_jax; "
+        "extras = {'flax', 'sklearn', 'scipy.optimize', 'matplotlib', 'rich', 'tyro', 'orbax'}; "
+        "sys.exit(', '.join(extras & sys.modules.keys()) or None)"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+
+
+def test_state_is_small_and_made_of_arrays():
+    params = {"w": jnp.ones((100, 100))}
+    tx = eu.eupmu(lambda p, b: eu.Losses(1.0, jnp.ones(3)), optax.sgd(0.1), initial_multiplier=jnp.ones(3))
+    leaves = jax.tree.leaves(tx.init(params))
+    assert all(isinstance(leaf, jax.Array) and not leaf.weak_type for leaf in leaves)
+    assert sum(leaf.size for leaf in leaves) <= 20
+
+
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("utilities", [(), (3,)])
+@pytest.mark.parametrize("log_losses", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_own_arithmetic_is_strict(utilities, log_losses, dtype):
+    """Every transformation under strict dtype and rank promotion, in mixed precision."""
+    params = {"w": jnp.ones((2, 3), dtype)}
+
+    def losses_fn(params, batch):
+        retain = jnp.sum(params["w"] ** 2).astype(jnp.float32)
+        return eu.Losses(jnp.sum(params["w"]), jnp.broadcast_to(retain, utilities) * batch)
+
+    settings = {
+        "initial_multiplier": jnp.ones(utilities),
+        "tolerance": jnp.zeros(utilities),
+        "dual_optimizer": optax.sgd(0.1),
+        "log_losses": log_losses,
+    }
+    batch = jnp.float32(2)
+    for measure in ("lookahead", "lagged", "directional"):
+        tx = eu.eupmu(losses_fn, optax.sgd(0.1), measure=measure, **settings)
+        state = tx.init(params)
+        for _ in range(2):
+            _, state = jax.jit(tx.update)(params, state, params, batch=batch)
+        assert int(eu.surgery_info(state).skipped_steps) == 0
+    surgery = eu.implicit_surgery(**settings)
+    state = surgery.init(params)
+    losses, grads = surgery.value_and_grad(losses_fn)(params, batch, state)
+    surgery.update(grads, state, params, losses=losses)
+    _, forget_grads, retain_grads = eu.forget_and_retain_grads(losses_fn)(params, batch)
+    exact = eu.explicit_surgery(tolerance=jnp.zeros(utilities))
+    exact.update(forget_grads, exact.init(params), params, retain_grads=retain_grads)
