@@ -1,6 +1,9 @@
 """What the package promises at its surface: names, docstrings, imports, strict arithmetic."""
 
+import csv
 import inspect
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -10,6 +13,8 @@ import optax
 import pytest
 
 import eupmu_jax as eu
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name", eu.__all__)
@@ -72,3 +77,27 @@ def test_own_arithmetic_is_strict(utilities, log_losses, dtype):
     _, forget_grads, retain_grads = eu.forget_and_retain_grads(losses_fn)(params, batch)
     exact = eu.explicit_surgery(tolerance=jnp.zeros(utilities))
     exact.update(forget_grads, exact.init(params), params, retain_grads=retain_grads)
+
+
+def test_readme_examples_run():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    batch = {"forget": jnp.ones(3), "retain": jnp.zeros(3)}
+    names = {"params": jnp.full(3, 0.5), "loss": lambda params, part: jnp.mean((params - part) ** 2)}
+    for block in blocks:
+        exec(block, names)
+        params, state, _ = names["step"](names["params"], names["state"], batch)
+        assert not jnp.array_equal(params, names["params"])
+        assert int(eu.surgery_info(state).skipped_steps) == 0
+
+
+@pytest.mark.parametrize(
+    ("page", "dataset"), [("README.md", "fashion-mnist"), ("experiments/README.md", "digits")]
+)
+def test_tables_show_the_committed_results(page, dataset):
+    text = (ROOT / page).read_text().replace("**", "")
+    results = ROOT / "experiments/quickstart/results" / dataset / "results.csv"
+    for row in csv.DictReader(results.read_text().splitlines()):
+        cells = [f"{float(row[name]):.1f}" for name in ("UA", "RA", "TA", "MIA")]
+        line = " | ".join([row["method"], *cells, f"{float(row['gap']):.2f}"])
+        assert f"| {line} |" in text
