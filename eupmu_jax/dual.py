@@ -163,7 +163,7 @@ def ascend_lagged(dual: Dual, state: SurgeryState, losses: Losses) -> SurgerySta
     lagged = violation(
         state.retain_loss.astype(dtype),
         losses.retain,
-        tolerance_at(dual, state.applied_steps - 1, dtype),
+        tolerance_at(dual, jnp.maximum(state.applied_steps - 1, 0), dtype),
         dual.log_losses,
     )
     return select(state.applied_steps > 0, ascend(dual, state, lagged), state)

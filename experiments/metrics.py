@@ -10,9 +10,12 @@ def evaluate(predict, split: Split) -> dict[str, float]:
     """UA, RA, TA and MIA in percent, from predict: inputs [n, features] -> probabilities [n, classes].
 
     UA = 100 - accuracy on the forget set, RA and TA the accuracies on the retain and test sets, MIA
-    the share of forget examples that a membership attack takes for non-members.
+    the share of forget examples that a membership attack takes for non-members. All NaN for a
+    network that has diverged.
     """
     forget, retain, test = ((np.asarray(predict(examples.x)), examples.y) for examples in split)
+    if not all(np.all(np.isfinite(probabilities)) for probabilities, _ in (forget, retain, test)):
+        return dict.fromkeys(("UA", "RA", "TA", "MIA"), float("nan"))
     accuracy = lambda probabilities, y: 100 * float(np.mean(probabilities.argmax(-1) == y))
     return {
         "UA": 100 - accuracy(*forget),

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import pathlib
 import platform
 import subprocess
@@ -46,7 +47,7 @@ def provenance(config: Any) -> dict[str, Any]:
         check=False,
     )
     return {
-        "config": {key: _plain(value) for key, value in dataclasses.asdict(config).items()},
+        "config": dataclasses.asdict(config),
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in packages},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}",
@@ -56,12 +57,17 @@ def provenance(config: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, pathlib.Path) else value
+    """`value` in JSON's types."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, pathlib.Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_results(path: pathlib.Path, results: dict[str, Any]) -> None:
-    """results.json, and its rows as results.csv."""
-    (path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    """results.json (null for what is not finite), and its rows as results.csv."""
+    (path / "results.json").write_text(json.dumps(_plain(results), indent=2, allow_nan=False) + "\n")
     with (path / "results.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["task", "method", *COLUMNS, "forget_loss", "retain_loss"])

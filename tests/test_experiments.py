@@ -154,3 +154,14 @@ def test_quickstart(dataset, tmp_path, fashion_dir, capsys):
     assert len(rows) == 16
     for picture in ("histories.png", "trade_off.png"):
         assert (path / picture).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_diverged_network_is_reported_not_hidden(tmp_path):
+    part = data.Examples(np.eye(2), np.array([0, 1]))
+    scores = metrics.evaluate(lambda x: np.full((len(x), 2), np.nan), data.Split(part, part, part))
+    assert all(np.isnan(score) for score in scores.values())
+    row = scores | dict.fromkeys(("gap", "seconds", "forget_loss", "retain_loss"), float("nan"))
+    report.write_results(tmp_path, {"tasks": {"task": {"methods": {"method": row}}}})
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["tasks"]["task"]["methods"]["method"]["UA"] is None
+    assert "nan" in (tmp_path / "results.csv").read_text()

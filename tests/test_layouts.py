@@ -1,6 +1,6 @@
 """axis_name inside shard_map and pmap, and jit on sharded data: the one-device answer, in float64."""
 
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -89,20 +89,28 @@ def on_layout(layout, step):
     return jax.jit(jax.shard_map(step, mesh=mesh, **specs))
 
 
+def run(step, init, params, batch):
+    carry = (params, init(params))
+    for _ in range(STEPS):
+        carry = step(*carry, batch)
+    return carry
+
+
+@lru_cache
+def on_one_device(kind, utilities):
+    losses_fn, params, batch = problem(utilities)
+    step, init = make_step(kind, losses_fn, utilities, axis_name=None)
+    return run(jax.jit(step), init, params, batch)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["lookahead", "lagged", "directional", "implicit", "explicit"])
 @pytest.mark.parametrize("utilities", [1, 3])
 def test_same_answer_on_eight_devices(layout, kind, utilities, x64):
     losses_fn, params, batch = problem(utilities)
-    ends = []
-    for where in (None, layout):
-        axis_name = None if where in (None, "jit-sharded") else "data"
-        step, init = make_step(kind, losses_fn, utilities, axis_name)
-        run = jax.jit(step) if where is None else on_layout(where, step)
-        carry = (params, init(params))
-        for _ in range(STEPS):
-            carry = run(*carry, batch)
-        ends.append(carry)
+    axis_name = None if layout == "jit-sharded" else "data"
+    step, init = make_step(kind, losses_fn, utilities, axis_name)
+    ends = on_one_device(kind, utilities), run(on_layout(layout, step), init, params, batch)
     for one, eight in zip(*map(jax.tree.leaves, ends), strict=True):
         np.testing.assert_allclose(eight, one, rtol=1e-12, atol=1e-12)
     if kind != "explicit":
