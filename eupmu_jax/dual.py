@@ -169,6 +169,18 @@ def ascend_lagged(dual: Dual, state: SurgeryState, losses: Losses) -> SurgerySta
     return select(state.applied_steps > 0, ascend(dual, state, lagged), state)
 
 
+def is_sound(after: SurgeryState, before: SurgeryState) -> jax.Array:
+    """Whether a dual step left the multiplier finite and made nothing in the dual state non-finite.
+
+    A finite but huge violation would else sit in Adam's second moment as inf and freeze lambda.
+    """
+    sound = jnp.all(jnp.isfinite(after.multiplier))
+    for new, old in zip(jax.tree.leaves(after.dual_state), jax.tree.leaves(before.dual_state), strict=True):
+        if jnp.issubdtype(new.dtype, jnp.floating):
+            sound &= jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old))
+    return sound
+
+
 def accept(state: SurgeryState, losses: Losses) -> SurgeryState:
     """`state` after a step that was applied at these losses."""
     return state._replace(

@@ -32,9 +32,10 @@ def unilateral_projection(
 
     Returns:
       (direction, multiplier): direction like forget_grads, in its dtypes; multiplier [] or [K], >= 0,
-      float32 or wider as all sums are. Finite for finite gradients: where g_r = 0 the multiplier is
-      0, and where no direction keeps all tolerances it is the one of least violation, as far as the
-      dtype resolves it.
+      float32 or wider as all sums are. Finite for finite gradients: where g_r = 0, or where it is so
+      small that lambda overflows, lambda is 0 and d = g_f; where no direction keeps all tolerances
+      the violation is about the least possible. With K >= 2 the Gramian limits the accuracy: float32
+      resolves no two retain gradients that are (anti)parallel to within about 1e-3.
 
     Raises:
       TypeError: tolerance is a schedule; a leaf is not real floating point.
@@ -55,25 +56,36 @@ def unilateral_projection(
     check_differentiable(retain_grads, "retain_grads")
     utilities = utilities_shape(forget_grads, retain_grads)
     check_tolerance(tolerance, utilities)
-    forget_leaves, structure = jax.tree.flatten(forget_grads)
-    retain_leaves = jax.tree.leaves(retain_grads)
-    dtype = accumulation_dtype(*forget_leaves, *retain_leaves)
-    f = [leaf.astype(dtype) for leaf in forget_leaves]
-    r = [leaf.astype(dtype) if utilities else leaf.astype(dtype)[None] for leaf in retain_leaves]
-
     count = utilities[0] if utilities else 1
-    gram, slope = jnp.zeros([count, count], dtype), jnp.full([count], tolerance, dtype)
+    given, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, forget_grads))
+    retain_leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(retain_grads)]
+    dtype = accumulation_dtype(*given, *retain_leaves)
+    f = [leaf.astype(dtype) for leaf in given]
+    r = [leaf.astype(dtype).reshape((count, *x.shape)) for leaf, x in zip(retain_leaves, f, strict=True)]
+
+    # Squares of gradients of 1e20 or 1e-20 would leave float32: take out the largest entries first.
+    f_scale, r_scale = largest([leaf[None] for leaf in f], 1, dtype)[0], largest(r, count, dtype)
+    f = [leaf / f_scale for leaf in f]
+    r = [leaf / r_scale.reshape((count,) + (1,) * (leaf.ndim - 1)) for leaf in r]
+    gram = jnp.zeros([count, count], dtype)
+    slope = jnp.full([count], tolerance, dtype) / r_scale / f_scale
     for f_leaf, r_leaf in zip(f, r, strict=True):
         axes = tuple(range(1, r_leaf.ndim))
         slope += jnp.sum(r_leaf * f_leaf[None], axes)
         gram += jnp.sum(r_leaf[:, None] * r_leaf[None], tuple(axis + 1 for axis in axes))
-    multiplier = solve_dual(gram, slope)
+    scaled = solve_dual(gram, slope)
 
+    multiplier = scaled * (f_scale / r_scale)
     direction = [
-        f_leaf + jnp.sum(multiplier.reshape((count,) + (1,) * f_leaf.ndim) * r_leaf, 0)
+        f_scale * (f_leaf + jnp.sum(scaled.reshape((count,) + (1,) * f_leaf.ndim) * r_leaf, 0))
         for f_leaf, r_leaf in zip(f, r, strict=True)
     ]
-    direction = [d.astype(leaf.dtype) for d, leaf in zip(direction, forget_leaves, strict=True)]
+    direction = [d.astype(leaf.dtype) for d, leaf in zip(direction, given, strict=True)]
+    # Without any multiplier the answer is g_f to the bit. What was not finite stays so.
+    resolved = all_finite(direction) & all_finite(multiplier) & jnp.any(multiplier > 0)
+    resolved |= ~(jnp.isfinite(f_scale) & jnp.all(jnp.isfinite(r_scale)))
+    direction = [jnp.where(resolved, d, leaf) for d, leaf in zip(direction, given, strict=True)]
+    multiplier = jnp.where(resolved, multiplier, jnp.zeros_like(multiplier))
     return jax.tree.unflatten(structure, direction), multiplier.reshape(utilities)
 
 
@@ -92,7 +104,8 @@ def explicit_surgery(*, tolerance: Any = 0.0) -> optax.GradientTransformationExt
 
     Returns:
       A GradientTransformationExtraArgs with ``update(forget_grads, state, params, *, retain_grads)``;
-      updates in the dtypes of forget_grads. A non-finite direction is replaced by zeros.
+      updates in the dtypes of forget_grads. Where a gradient is not finite the
+      output is zero.
 
       Inside ``optax.masked`` or ``optax.partition``, retain_grads must be masked like the updates:
       pass ``mask_compatible_extra_args=True`` to them. Transformations before this one in a chain,
@@ -130,7 +143,7 @@ def explicit_surgery(*, tolerance: Any = 0.0) -> optax.GradientTransformationExt
                 "losses, forget_grads, retain_grads = forget_and_retain_grads(losses_fn)(params, batch)"
             )
         direction, _ = unilateral_projection(updates, retain_grads, tolerance)
-        finite = all_finite(direction)
+        finite = all_finite((updates, retain_grads))
         return jax.tree.map(lambda d: jnp.where(finite, d, jnp.zeros_like(d)), direction), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
@@ -143,17 +156,25 @@ def utilities_shape(forget_grads: Any, retain_grads: Any) -> tuple[int, ...]:
             f"retain_grads must be a pytree like forget_grads, got {jax.tree.structure(retain_grads)} "
             f"and {jax.tree.structure(forget_grads)}"
         )
-    shapes = [leaf.shape for leaf in jax.tree.leaves(forget_grads)]
-    retain_shapes = [leaf.shape for leaf in jax.tree.leaves(retain_grads)]
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(forget_grads)]
+    retain_shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(retain_grads)]
     if retain_shapes == shapes:
         return ()
     leading = {shape[:1] for shape in retain_shapes}
-    if [shape[1:] for shape in retain_shapes] != shapes or len(leading) != 1 or leading == {()}:
+    if [shape[1:] for shape in retain_shapes] != shapes or len(leading) != 1 or leading <= {(), (0,)}:
         raise ValueError(
             "each leaf of retain_grads must have the shape of its leaf of forget_grads, or that with "
             f"one leading axis of length K, got {retain_shapes} and {shapes}"
         )
     return leading.pop()
+
+
+def largest(leaves: list[jax.Array], count: int, dtype) -> jax.Array:
+    """The largest |entry| of each of `count` stacked gradients, [count]; 1 where all are 0."""
+    biggest = jnp.zeros([count], dtype)
+    for leaf in leaves:
+        biggest = jnp.maximum(biggest, jnp.max(jnp.abs(leaf), tuple(range(1, leaf.ndim)), initial=0))
+    return jnp.where(biggest == 0, jnp.ones_like(biggest), biggest)
 
 
 def solve_dual(gram: jax.Array, slope: jax.Array) -> jax.Array:
@@ -179,12 +200,11 @@ def nonnegative_qp(gram: jax.Array, slope: jax.Array) -> jax.Array:
     solved by the Lawson-Hanson active-set method.
     """
     eps = jnp.finfo(gram.dtype).eps
-    ridge = 10 * eps**0.75
+    ridge = 30 * eps
     identity = jnp.eye(slope.size, dtype=gram.dtype)
     regular = gram + ridge * identity
 
-    def proximal_step(_, carry):
-        anchor, passive = carry
+    def proximal_step(_, anchor):
         linear = slope - ridge * anchor
 
         def iteration(carry):
@@ -199,6 +219,7 @@ def nonnegative_qp(gram: jax.Array, slope: jax.Array) -> jax.Array:
             stepped = x + jnp.minimum(jnp.min(reach), 1) * (target - x)
             leaving = blocking & (reach <= jnp.min(reach))
 
+            # What rounding alone can make of the gradient of a solved problem lets nothing enter.
             noise = 8 * eps * (jnp.abs(linear) + jnp.abs(regular) @ jnp.abs(target))
             gain = jnp.where(passive, -jnp.inf, -(regular @ target + linear) - noise)
             entering = (jnp.arange(slope.size) == jnp.argmax(gain)) & (gain > 0)
@@ -210,10 +231,8 @@ def nonnegative_qp(gram: jax.Array, slope: jax.Array) -> jax.Array:
             )
 
         unfinished = lambda carry: ~carry[2] & (carry[3] < 10 * (slope.size + 1))
-        start = (anchor, passive, jnp.asarray(False), jnp.asarray(0, jnp.int32))
-        x, passive, _, _ = jax.lax.while_loop(unfinished, iteration, start)
-        return jnp.maximum(x, 0), passive
+        nothing = (jnp.zeros_like(slope), jnp.zeros(slope.shape, bool))
+        start = (*nothing, jnp.asarray(False), jnp.asarray(0, jnp.int32))
+        return jnp.maximum(jax.lax.while_loop(unfinished, iteration, start)[0], 0)
 
-    start = (jnp.zeros_like(slope), jnp.zeros(slope.shape, bool))
-    x, _ = jax.lax.fori_loop(0, 3, proximal_step, start)
-    return x
+    return jax.lax.fori_loop(0, 5, proximal_step, jnp.zeros_like(slope))

@@ -144,4 +144,10 @@ def varying(tree: Any, axis_name: AxisName) -> Any:
         missing = tuple(axis for axis in axes if axis not in known)
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
-    return jax.tree.map(mark, tree)
+    try:
+        return jax.tree.map(mark, tree)
+    except (NameError, ValueError) as error:
+        raise ValueError(
+            f"axis_name={axis_name!r} names no axis of a shard_map or pmap around this call; under "
+            "jit on sharded arrays leave it None"
+        ) from error

@@ -22,6 +22,9 @@ class ImplicitSurgery(optax.GradientTransformationExtraArgs):
         self.value_and_grad = value_and_grad
         return self
 
+    def __getnewargs__(self):
+        return (*self, self.value_and_grad)
+
 
 def implicit_surgery(
     *,
@@ -55,8 +58,10 @@ def implicit_surgery(
       ``value_and_grad(losses_fn, has_aux=False, axis_name=None)``, a function (params, batch, state)
       -> (losses, grads), or -> ((losses, aux), grads) where losses_fn returns (Losses, aux).
       ``state`` is this transformation's, or that of anything wrapped around it; ``axis_name`` is as
-      for `eupmu`. The losses come back in float32 or wider, grads in the dtypes of params. Both
-      parts depend on log_losses and normalize_weights, so take them from one object.
+      for `eupmu` (losses and grads are averaged over it, aux is not: do that in losses_fn). The
+      losses come back in float32 or wider, grads in the dtypes of params. Both parts depend on
+      log_losses and normalize_weights, so take them from one object (the object returned by
+      ``optax.inject_hyperparams`` has no value_and_grad: keep a plain one beside it).
 
       Where a loss or gradient is not finite (or a loss <= 0 where its logarithm is needed) the
       output is zero, the state is kept and ``surgery_info(state).skipped_steps`` is incremented.
@@ -64,8 +69,7 @@ def implicit_surgery(
       decays its moments. ``eupmu(losses_fn, inner)`` skips those too.
 
       ``optax.MultiSteps`` averages gradients but not losses, so around this it pairs the last
-      mini-batch's losses with the mean gradient: put one MultiSteps-free call on the whole batch
-      instead.
+      mini-batch's losses with the mean gradient: compute both on the whole batch instead.
 
     Raises:
       TypeError: losses is missing or no Losses; a leaf of params is not floating; dual_optimizer is
@@ -104,13 +108,15 @@ def implicit_surgery(
             raise TypeError(
                 "implicit_surgery.update needs losses=..., the Losses that surgery.value_and_grad returned"
             )
+        if not isinstance(state, dual_lib.SurgeryState):
+            raise TypeError(f"state must come from implicit_surgery.init, got {type(state).__name__}")
         losses = checked(losses, "losses must be")
         check_utilities(losses, state.multiplier)
         stepped = dual_lib.accept(dual_lib.ascend_lagged(dual, state, losses), losses)
         usable = (
             is_usable(losses, dual.log_losses)
             & all_finite(updates)
-            & jnp.all(jnp.isfinite(stepped.multiplier))
+            & dual_lib.is_sound(stepped, before=state)
         )
         updates = jax.tree.map(lambda u: jnp.where(usable, u, jnp.zeros_like(u)), updates)
         return updates, dual_lib.select(usable, stepped, dual_lib.skip(state))

@@ -46,7 +46,7 @@ def eupmu(
       \lambda_{t+1} &= \max(0, \mathrm{dual}(\lambda_t, -v_t))
 
     (undivided where ``normalize_weights=False``). A violation v_t <= 0 means that the tolerance was
-    kept; the multiplier then falls, else it rises. The measures:
+    kept; it pushes the multiplier down, v_t > 0 pushes it up. The measures:
 
     =============  =====================================  =====================  ==================
     measure        v_t + eps_t                            extra cost per step    sees
@@ -54,14 +54,16 @@ def eupmu(
     "lookahead"    r(theta_{t+1}) - r(theta_t) on the     one retain forward,    momentum, clipping,
                    same batch                             inner's arithmetic     decay, curvature
                                                           twice
-    "lagged"       r_t(theta_t) - r_{t-1}(theta_{t-1}),   none                   the same, with
+    "lagged"       r_{t+1}(theta_{t+1}) - r_t(theta_t),   none                   the same, with
                    each on its own batch                                         batch noise
     "directional"  -<grad r, d_t>(theta_t), by a jvp      one tangent forward    first order only
     =============  =====================================  =====================  ==================
 
-    "lagged" follows the released fast variant: its dual step, along the change into step t, comes
-    before the gradient of step t (and is left out at t = 0). A look-ahead on the same batch can be
-    satisfied by fitting that batch; where learning rates are high, "lagged" has kept more utility.
+    "lagged" follows the released fast variant: v_t is known when step t + 1 has evaluated its losses,
+    so lambda_{t+1} is formed there, before that step's gradient, and the first step has none. A
+    look-ahead on the same batch can be satisfied by fitting that batch; where learning rates are
+    high, "lagged" has kept more utility. "directional" needs losses that can be forward-
+    differentiated: no ``jax.custom_vjp``.
 
     Args:
       losses_fn: pure function (params, batch) -> `Losses`, jit-compiled or not. Randomness comes in
@@ -75,9 +77,10 @@ def eupmu(
         increase per unit of step length along d, about the per-step one over the learning rate.
       measure: how the violation is observed; see above.
       dual_optimizer: any optax transformation, fed -v_t as the gradient of the multiplier, which is
-        then projected to >= 0. None is ``optax.adam(0.05)``: its step does not depend on the scale
-        of the losses, moves the multiplier by about 0.05 at most, and has no decay that would pull
-        it to a fixed point of its own. The released code's is
+        then projected to >= 0. None is ``optax.adam(0.05)``: whatever the scale of the losses, a
+        steady violation moves the multiplier by 0.05 a step (a jump after a quiet phase by several
+        times that, and momentum turns it round some steps late), and there is no decay that would
+        pull it to a fixed point of its own. The released code's is
         ``optax.chain(optax.add_decayed_weights(0.01), optax.adam(1.0))``.
       initial_multiplier: lambda_0 >= 0, a scalar, or [K] for K utilities; its shape fixes K. The
         default 1.0 protects from the first step on. The multiplier is float32, or float64 where this
@@ -97,17 +100,19 @@ def eupmu(
       updates in the dtypes of params: ``updates`` is None or a pytree like params that is added to
       d_t (a regulariser's gradient); ``batch`` goes to losses_fn, ``extra_args`` to inner.
 
-      A step with a non-finite loss or gradient (or a loss <= 0 where its logarithm is needed,
-      before or after inner's update) is skipped: zero updates, everything else kept and
-      ``surgery_info(state).skipped_steps`` incremented.
+      A step with a non-finite loss or gradient (or a loss <= 0 where its logarithm is needed, or a
+      look-ahead that shows either, or a dual step that overflows) is skipped: zero updates,
+      everything else kept and ``surgery_info(state).skipped_steps`` incremented. An inner optimiser
+      that overflows by itself is seen by the look-ahead only.
 
       ``optax.MultiSteps`` around this sees the last mini-batch only: make batch the whole batch
       instead. ``optax.apply_if_finite`` and other wrappers that inspect ``updates`` need a pytree
-      of zeros in place of None.
+      of zeros in place of None; ``optax.inject_hyperparams`` needs ``static_args=("losses_fn",)``.
 
     Raises:
       TypeError: losses_fn is no function or returns something else than Losses; batch or params is
-        missing; a leaf of params is not floating; inner or dual_optimizer is no transformation.
+        missing, or state is another transformation's; a leaf of params is not floating; inner or
+        dual_optimizer is no transformation.
       ValueError: an unknown measure; "lookahead" without inner; a multiplier that is negative, not
         finite or not of the retain loss's shape; a tolerance of another shape or not finite; a
         forget loss that is no scalar; a retain loss of rank > 1; updates unlike params.
@@ -153,10 +158,9 @@ def eupmu(
         return EupmuState(dual_lib.init(dual), optimizer.init(params))
 
     def update_fn(updates: Any, state: Any, params: Any = None, *, batch: Any = None, **extra_args):
-        check_update_args(updates, params, batch)
+        check_update_args(updates, state, params, batch)
         at = linearize(losses_fn, params, batch, axis_name)
         check_utilities(at.losses, state.surgery.multiplier)
-        eps = dual_lib.tolerance_at(dual, state.surgery.applied_steps, at.losses.retain.dtype)
 
         ascended = state.surgery
         if measure == "lagged":
@@ -164,9 +168,12 @@ def eupmu(
         direction = at.pull_back(
             weights(at.losses, ascended.multiplier, dual.log_losses, dual.normalize_weights)
         )
-        if updates is not None:
+        if jax.tree.leaves(updates):
             direction = jax.tree.map(lambda d, u: d + u.astype(d.dtype), direction, updates)
         usable = is_usable(at.losses, dual.log_losses) & all_finite(direction)
+
+        def eps():
+            return dual_lib.tolerance_at(dual, state.surgery.applied_steps, at.losses.retain.dtype)
 
         def inner_update(direction, inner_state):
             updates, inner_state = optimizer.update(direction, inner_state, params, **extra_args)
@@ -178,7 +185,7 @@ def eupmu(
         def look_ahead(direction, inner_state):
             updates, _ = inner_update(direction, inner_state)
             ahead = retain_loss(losses_fn, optax.apply_updates(params, updates), batch, axis_name)
-            violation = dual_lib.violation(at.losses.retain, ahead, eps, dual.log_losses)
+            violation = dual_lib.violation(at.losses.retain, ahead, eps(), dual.log_losses)
             valid = is_usable(Losses(at.losses.forget, ahead), dual.log_losses)
             return dual_lib.ascend(dual, state.surgery, violation), valid
 
@@ -194,8 +201,8 @@ def eupmu(
         elif measure == "directional":
             change = -at.push_forward(direction).retain
             relative = change / at.losses.retain if dual.log_losses else change
-            ascended = dual_lib.ascend(dual, state.surgery, relative - eps)
-        usable &= jnp.all(jnp.isfinite(ascended.multiplier))
+            ascended = dual_lib.ascend(dual, state.surgery, relative - eps())
+        usable &= dual_lib.is_sound(ascended, before=state.surgery)
 
         new_updates, inner_state = jax.lax.cond(usable, inner_update, keep, *step)
         surgery = dual_lib.select(usable, dual_lib.accept(ascended, at.losses), dual_lib.skip(state.surgery))
@@ -204,7 +211,9 @@ def eupmu(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def check_update_args(updates: Any, params: Any, batch: Any) -> None:
+def check_update_args(updates: Any, state: Any, params: Any, batch: Any) -> None:
+    if not isinstance(state, EupmuState):
+        raise TypeError(f"state must come from the init of eupmu, got {type(state).__name__}")
     if batch is None:
         raise TypeError("eupmu.update needs batch=..., the batch that losses_fn(params, batch) takes")
     if params is None:
@@ -216,8 +225,11 @@ def check_update_args(updates: Any, params: Any, batch: Any) -> None:
             "eupmu in optax.masked or optax.partition wrap the inner optimiser, "
             "eupmu(losses_fn, inner=optax.masked(...))"
         )
-    if updates is not None and jax.tree.structure(updates) != jax.tree.structure(params):
+    if not jax.tree.leaves(updates):
+        return
+    structure, shapes = jax.tree.structure(updates), list(map(jnp.shape, jax.tree.leaves(updates)))
+    if structure != jax.tree.structure(params) or shapes != list(map(jnp.shape, jax.tree.leaves(params))):
         raise ValueError(
             "updates must be None or a pytree like params (it is added to the direction), got "
-            f"{jax.tree.structure(updates)} for params {jax.tree.structure(params)}"
+            f"{structure} with shapes {shapes} for params {jax.tree.structure(params)}"
         )

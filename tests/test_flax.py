@@ -66,7 +66,9 @@ def test_linen_with_batch_norm_and_dropout_in_pieces():
 
         value_and_grad = surgery.value_and_grad(losses_fn, has_aux=True)
         (losses, batch_stats), grads = value_and_grad(state.params, batch, state.opt_state)
-        return state.apply_gradients(grads=grads, losses=losses, batch_stats=batch_stats), losses
+        return state.apply_gradients(
+            grads=grads, extra_args={"losses": losses}, batch_stats=batch_stats
+        ), losses
 
     before = state
     for key in jax.random.split(jax.random.key(2), 100):
@@ -98,7 +100,7 @@ def test_linen_with_dropout_through_eupmu_and_train_state():
 
     tx = eu.eupmu(losses_fn, optax.adam(1e-2))
     state = TrainState.create(apply_fn=model.apply, params=variables["params"], tx=tx)
-    step = jax.jit(lambda state, batch: state.apply_gradients(batch=batch))
+    step = jax.jit(lambda state, batch: state.apply_gradients(extra_args={"batch": batch}))
     first = losses_fn(state.params, BATCH | {"key": jax.random.key(0)})
     for i in range(60):
         state = step(state, BATCH | {"key": jax.random.key(i)})
@@ -112,6 +114,8 @@ def test_train_state_serves_transformations_without_extra_args():
     state = TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(0.5))
     state = state.apply_gradients(grads={"w": jnp.ones(2)})
     np.testing.assert_allclose(state.params["w"], 0.5)
+    with pytest.raises(TypeError, match="batch_stats"):
+        state.apply_gradients(grads={"w": jnp.ones(2)}, batch_stats={})
 
 
 class NNX(nnx.Module):
@@ -211,7 +215,7 @@ def test_lora_filter_on_nnx_moves_the_adapters_only(through):
     for _ in range(30):
         adapters = nnx.state(model, nnx.LoRAParam)
         if through == "eupmu":
-            optimizer.update(model, jax.tree.map(jnp.zeros_like, adapters), batch=BATCH)
+            optimizer.update(model, None, batch=BATCH)
         else:
             state = nnx.as_pure(optimizer.opt_state)
             losses, grads = surgery.value_and_grad(losses_fn)(adapters, BATCH, state)
