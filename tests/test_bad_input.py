@@ -139,6 +139,7 @@ def test_leaves_that_are_not_real_floating_point(leaf):
         (jnp.ones(3), jnp.ones(3), lambda step: 0.0, TypeError),
         (jnp.ones(3), None, 0.0, TypeError),
         (jnp.array([1, 2, 3]), jnp.ones(3), 0.0, TypeError),
+        (jnp.ones(3), jnp.ones((0, 3)), 0.0, ValueError),
     ],
 )
 def test_projection_of_what_does_not_fit(forget, retain, tolerance, error):
@@ -238,6 +239,47 @@ def test_a_dual_step_that_overflows_is_not_taken():
     assert float(eu.multiplier(state)) == 1.0
     assert int(eu.surgery_info(state).skipped_steps) == 1
     chex.assert_trees_all_equal(updates, optax.tree.zeros_like(X))
+
+
+@pytest.mark.parametrize("through", ["lookahead", "lagged", "implicit"])
+def test_a_huge_finite_loss_does_not_freeze_the_multiplier(through):
+    """Squared in Adam's second moment it would be inf, and every later dual step 0."""
+    if through == "implicit":
+        tx = eu.implicit_surgery(tolerance=-0.1)
+    else:
+        factor = lambda p, b: eu.Losses(jnp.sum(p["w"] ** 2), b[0] + b[1] * p["w"][0])
+        tx = eu.eupmu(factor, SGD, tolerance=-0.1, measure=through)
+    update = jax.jit(tx.update)
+    state = tx.init(X)
+    for _ in range(4):
+        for scale in (1.0, 1e21, 1.0):
+            one = jnp.float32(1)
+            losses = eu.Losses(one, one * scale)
+            batch = (one, one * (scale if scale > 1 else 0.0))
+            _, state = update(X if through == "implicit" else None, state, X, losses=losses, batch=batch)
+    assert int(eu.surgery_info(state).skipped_steps) == 4
+    before = float(eu.multiplier(state))
+    for _ in range(3):
+        _, state = update(X if through == "implicit" else None, state, X, losses=losses, batch=batch)
+    assert float(eu.multiplier(state)) > before
+
+
+def test_a_foreign_state():
+    for tx in (eu.eupmu(losses_fn, SGD), eu.implicit_surgery()):
+        with pytest.raises(TypeError, match="state must come from"):
+            tx.update(X, optax.EmptyState(), X, batch=(1.0, 1.0), losses=eu.Losses(1.0, 1.0))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 2)])
+def test_updates_of_another_shape(shape):
+    tx = eu.eupmu(losses_fn, SGD)
+    with pytest.raises(ValueError, match="updates must be None or a pytree like params"):
+        tx.update({"w": jnp.ones(shape)}, tx.init(X), X, batch=(1.0, 1.0))
+
+
+def test_axis_name_outside_of_a_mapped_function():
+    with pytest.raises(ValueError, match="axis_name='data'"):
+        jax.jit(lambda x: first_update(losses_fn, x, axis_name="data"))(X)
 
 
 def test_implicit_surgery_zeroes_its_output_and_keeps_its_state():

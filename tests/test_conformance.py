@@ -1,5 +1,6 @@
 """Every public transformation against what Optax asks of a transformation, and inside its wrappers."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -130,6 +131,15 @@ def test_updates_keep_the_dtype_of_params(case, dtype):
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
 
 
+@pytest.mark.parametrize("measure", ["lookahead", "lagged", "directional"])
+def test_an_inner_that_widens_is_cast_back(measure):
+    widen = optax.stateless(lambda updates, params: optax.tree.cast(updates, jnp.float32))
+    tx = eu.eupmu(losses_fn, optax.chain(widen, optax.sgd(1e-2)), measure=measure)
+    params = start(jnp.bfloat16)
+    updates, _ = jax.jit(tx.update)(None, tx.init(params), params, batch=())
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+
+
 @every_case
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
 @pytest.mark.parametrize("loss_dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
@@ -189,6 +199,26 @@ def test_schedule_is_read_at_the_step_that_it_bounds(measure):
         _, state = tx.update(None, state, x, batch=())
         seen.append(-float(eu.surgery_info(state).violation))
     assert seen == ([0, 1, 1, 10, 10] if measure == "lagged" else [1, 1, 10, 10, 10])
+
+
+def test_schedule_counts_applied_steps_only():
+    tx = eu.eupmu(
+        lambda x, batch: eu.Losses(x * batch, x * 0),
+        optax.sgd(0.0),
+        tolerance=lambda step: 1.0 + step,
+        dual_optimizer=optax.sgd(0.0),
+    )
+    x = jnp.array(1.0)
+    state = tx.init(x)
+    for batch in (1.0, jnp.nan, 1.0):
+        _, state = tx.update(None, state, x, batch=jnp.float32(batch))
+    assert float(eu.surgery_info(state).violation) == -2.0
+
+
+def test_a_transformation_can_be_copied():
+    surgery = copy.deepcopy(eu.implicit_surgery())
+    assert callable(surgery.value_and_grad)
+    assert float(eu.multiplier(surgery.init(()))) == 1.0
 
 
 @every_case
@@ -255,8 +285,9 @@ def test_donated_buffers_and_no_alias_of_params(case):
 
 @stateful
 def test_initial_multiplier_survives_donation(case):
-    initial = jnp.array(0.5)
-    tx = case.factory(initial_multiplier=initial)
+    initial = jnp.array(0.5, jnp.float32)
+    keeps_its_params = optax.contrib.schedule_free(optax.sgd(0.1), learning_rate=0.1)
+    tx = case.factory(initial_multiplier=initial, dual_optimizer=keeps_its_params)
     jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(tx.init(start()))
     assert float(initial) == 0.5
 

@@ -37,11 +37,11 @@ def brute_force(g_f, g_r, eps):
 
 
 def relate(kind, g_r, rng):
-    """K random gradients made into a hard case."""
+    """K random gradients made into a hard case; factors that every dtype holds exactly."""
     if kind == "parallel":
-        g_r[-1] = rng.uniform(0.1, 10) * g_r[0]
+        g_r[-1] = 2.0 ** rng.integers(-3, 4) * g_r[0]
     elif kind == "antiparallel":
-        g_r[-1] = -rng.uniform(0.1, 10) * g_r[0]
+        g_r[-1] = -(2.0 ** rng.integers(-3, 4)) * g_r[0]
     elif kind == "nearly parallel":
         g_r[-1] = g_r[0] + 1e-4 * g_r[-1]
     elif kind == "orthogonal":
@@ -133,6 +133,62 @@ def test_what_cannot_be_met_stays_finite_and_does_least_harm():
     np.testing.assert_allclose(direction, jnp.array([0.0, 1.0]), atol=0.1)
 
 
+@pytest.mark.parametrize("kind", ["random", "parallel", "antiparallel", "orthogonal", "zero", "scaled"])
+@pytest.mark.parametrize("utilities", [1, 2, 3, 6])
+def test_float32_projection_is_near_the_float64_one(kind, utilities):
+    rng = np.random.default_rng(utilities)
+    for _ in range(30):
+        g_f = rng.normal(size=8).astype(np.float32)
+        g_r = rng.normal(size=(utilities, 8))
+        if kind == "scaled":
+            g_r *= 10 ** rng.uniform(-15, 15, (utilities, 1))
+        elif utilities > 1 or kind == "zero":
+            g_r = relate(kind, g_r[:, :SIZE].astype(np.float32), rng)
+            g_r = np.pad(g_r, ((0, 0), (0, 8 - SIZE)))
+        g_r = g_r.astype(np.float32)
+        direction, _ = project(jnp.asarray(g_f), jnp.asarray(g_r))
+        with jax.enable_x64(True):
+            exact, _ = project(jnp.asarray(g_f, jnp.float64), jnp.asarray(g_r, jnp.float64))
+        assert np.linalg.norm(direction - np.asarray(exact)) <= 1e-3 * np.linalg.norm(g_f)
+
+
+@pytest.mark.parametrize("angle", [1e-1, 3e-2, 1e-2])
+def test_float32_projection_between_nearly_opposed_gradients(angle):
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        g_f, g, other = rng.normal(size=(3, 8)).astype(np.float32)
+        g_r = np.stack([g, -g + angle * other])
+        direction, _ = project(jnp.asarray(g_f), jnp.asarray(g_r))
+        assert np.all(-(g_r @ direction) <= 1e-3 * np.linalg.norm(g_r, axis=1) * np.linalg.norm(g_f))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_float32_projection_does_not_lose_a_constraint_to_overflow(scale):
+    g_f, g_r = jnp.array([1.0, 1.0]), scale * jnp.array([-1.0, 0.0])
+    direction, multiplier = eu.unilateral_projection(g_f, g_r)
+    np.testing.assert_allclose(direction, [0.0, 1.0], atol=1e-6)
+    np.testing.assert_allclose(multiplier, 1 / scale, rtol=1e-5)
+    direction, _ = eu.unilateral_projection(g_f * scale, jnp.array([-1.0, 0.0]))
+    np.testing.assert_allclose(direction / scale, [0.0, 1.0], atol=1e-6)
+    wide, _ = eu.unilateral_projection(jnp.ones(100_000), jnp.full(100_000, -3e16))
+    np.testing.assert_allclose(wide, 0, atol=1e-5)
+
+
+def test_a_multiplier_that_overflows_is_not_applied():
+    g_f = jnp.array([1.0, 1.0])
+    direction, multiplier = eu.unilateral_projection(g_f, jnp.array([1e-30, 0.0]), tolerance=-10.0)
+    np.testing.assert_array_equal(direction, g_f)
+    assert float(multiplier) == 0
+    half, _ = eu.unilateral_projection(g_f.astype(jnp.float16), jnp.array([1e-4, 0], jnp.float16), -100.0)
+    assert jnp.all(jnp.isfinite(half))
+
+
+def test_projection_does_not_hide_what_is_not_finite():
+    for bad in (jnp.nan, jnp.inf):
+        direction, _ = eu.unilateral_projection(jnp.ones(2), jnp.array([bad, -1.0]))
+        assert not jnp.all(jnp.isfinite(direction))
+
+
 def test_projection_over_a_tree_and_a_batch_of_problems(x64):
     rng = np.random.default_rng(0)
     g_f, g_r = rng.normal(size=(5, SIZE)), rng.normal(size=(5, 3, SIZE))
@@ -203,6 +259,15 @@ def test_multiplier_reaches_the_closed_form_on_frozen_gradients(measure, momentu
     np.testing.assert_allclose(info.multiplier, exact, atol=1e-8)
     assert np.all(info.violation <= 1e-8)
     np.testing.assert_allclose(info.multiplier * info.violation, 0, atol=1e-8)
+
+
+def test_directional_violation_in_log_space_is_relative(x64):
+    g_f, g_r = jnp.asarray(G_F), jnp.asarray(G_R[0])
+    losses_fn = lambda x, batch: eu.Losses(g_f @ x + 2.0, g_r @ x + 4.0)
+    tx = eu.eupmu(losses_fn, measure="directional", log_losses=True, normalize_weights=False)
+    x = jnp.zeros(4)
+    _, state = tx.update(None, tx.init(x), x, batch=())
+    np.testing.assert_allclose(eu.surgery_info(state).violation, -(g_r / 4) @ (g_f / 2 + g_r / 4), rtol=1e-6)
 
 
 @pytest.mark.parametrize("measure", ["lookahead", "lagged", "directional"])
