@@ -67,7 +67,7 @@ def default_dual_optimizer() -> optax.GradientTransformation:
 def make_dual(tolerance, dual_optimizer, initial_multiplier, log_losses, normalize_weights) -> Dual:
     """Checks what is concrete (a traced hyper-parameter is taken as it is) and fills the defaults."""
     check_tolerance(tolerance, np.shape(initial_multiplier))
-    if np.ndim(initial_multiplier) > 1:
+    if np.ndim(initial_multiplier) > 1 or np.size(initial_multiplier) == 0:
         raise ValueError(
             f"initial_multiplier must be a scalar or of shape [K], got shape {np.shape(initial_multiplier)}"
         )
@@ -90,7 +90,8 @@ def make_dual(tolerance, dual_optimizer, initial_multiplier, log_losses, normali
 def check_transformation(transformation, name: str) -> None:
     if not isinstance(transformation, optax.GradientTransformation):
         raise TypeError(
-            f"{name} must be an optax.GradientTransformation (or None), got {type(transformation).__name__}"
+            f"{name} must be an optax.GradientTransformation (or None), got "
+            f"{type(transformation).__name__} (of optax.MultiSteps pass the gradient_transformation())"
         )
 
 

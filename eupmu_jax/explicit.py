@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,8 +13,8 @@ from eupmu_jax.losses import accumulation_dtype
 
 
 def unilateral_projection(
-    forget_grads: Any, retain_grads: Any, tolerance: Any = 0.0
-) -> tuple[Any, jax.Array]:
+    forget_grads: chex.ArrayTree, retain_grads: chex.ArrayTree, tolerance: chex.Numeric = 0.0
+) -> tuple[chex.ArrayTree, jax.Array]:
     r"""The direction nearest to the forget gradient that lets no retain loss rise too fast.
 
     .. math::
@@ -89,7 +90,7 @@ def unilateral_projection(
     return jax.tree.unflatten(structure, direction), multiplier.reshape(utilities)
 
 
-def explicit_surgery(*, tolerance: Any = 0.0) -> optax.GradientTransformationExtraArgs:
+def explicit_surgery(*, tolerance: chex.Numeric = 0.0) -> optax.GradientTransformationExtraArgs:
     r"""Exact surgery as a stateless transformation: two gradients in, their projection out.
 
     .. math:: d_t = g_f + \textstyle\sum_k \lambda_k g_{r,k} \quad\text{at } \theta_t,

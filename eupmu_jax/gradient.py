@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eupmu_jax.losses import Losses, LossesFn, checked
+from eupmu_jax.losses import Losses, LossesFn, check_losses_fn, checked
 
 AxisName = str | Sequence[str] | None
 
@@ -95,6 +95,8 @@ def forget_and_retain_grads(losses_fn: LossesFn, axis_name: AxisName = None):
 
     Source: the inputs of unilateral gradient surgery, arXiv 2510.22124.
     """
+
+    check_losses_fn(losses_fn)
 
     def grads_fn(params, batch):
         at = linearize(losses_fn, params, batch, axis_name)

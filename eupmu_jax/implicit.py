@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from eupmu_jax import dual as dual_lib
 from eupmu_jax.gradient import AxisName, all_finite, linearize
-from eupmu_jax.losses import LossesFn, check_utilities, checked, is_usable, weights
+from eupmu_jax.losses import LossesFn, check_losses_fn, check_utilities, checked, is_usable, weights
 
 
 class ImplicitSurgery(optax.GradientTransformationExtraArgs):
@@ -28,9 +29,9 @@ class ImplicitSurgery(optax.GradientTransformationExtraArgs):
 
 def implicit_surgery(
     *,
-    tolerance: Any = 0.0,
+    tolerance: optax.ScalarOrSchedule = 0.0,
     dual_optimizer: optax.GradientTransformation | None = None,
-    initial_multiplier: Any = 1.0,
+    initial_multiplier: chex.Numeric = 1.0,
     log_losses: bool | None = None,
     normalize_weights: bool | None = None,
 ) -> ImplicitSurgery:
@@ -122,6 +123,8 @@ def implicit_surgery(
         return updates, dual_lib.select(usable, stepped, dual_lib.skip(state))
 
     def value_and_grad(losses_fn: LossesFn, has_aux: bool = False, axis_name: AxisName = None):
+        check_losses_fn(losses_fn)
+
         def value_and_grad_fn(params, batch, state):
             multiplier = dual_lib.find(state).multiplier
             at = linearize(losses_fn, params, batch, axis_name, has_aux)

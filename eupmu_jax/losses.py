@@ -40,6 +40,11 @@ class Losses(NamedTuple):
 LossesFn = Callable[[Any, Any], Losses]
 
 
+def check_losses_fn(losses_fn: Any) -> None:
+    if not callable(losses_fn):
+        raise TypeError(f"losses_fn must be a function (params, batch) -> Losses, got {losses_fn!r}")
+
+
 def accumulation_dtype(*arrays):
     """float64 where any input is, else float32: losses, dots and multipliers are never narrower."""
     return jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32

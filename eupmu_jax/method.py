@@ -2,13 +2,21 @@
 
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from eupmu_jax import dual as dual_lib
 from eupmu_jax.gradient import AxisName, all_finite, linearize, retain_loss
-from eupmu_jax.losses import Losses, LossesFn, check_utilities, is_usable, weights
+from eupmu_jax.losses import (
+    Losses,
+    LossesFn,
+    check_losses_fn,
+    check_utilities,
+    is_usable,
+    weights,
+)
 
 MEASURES = ("lookahead", "lagged", "directional")
 
@@ -24,10 +32,10 @@ def eupmu(
     losses_fn: LossesFn,
     inner: optax.GradientTransformation | None = None,
     *,
-    tolerance: Any = 0.0,
+    tolerance: optax.ScalarOrSchedule = 0.0,
     measure: str = "lookahead",
     dual_optimizer: optax.GradientTransformation | None = None,
-    initial_multiplier: Any = 1.0,
+    initial_multiplier: chex.Numeric = 1.0,
     log_losses: bool | None = None,
     normalize_weights: bool | None = None,
     axis_name: AxisName = None,
@@ -74,7 +82,8 @@ def eupmu(
       tolerance: eps, the increase of each (log, if log_losses) retain loss that one step is
         allowed: a float, an array [K], or an optax schedule of the number of steps applied. Negative
         demands a decrease; log losses make it relative (0.01 is 1%). For "directional" it is the
-        increase per unit of step length along d, about the per-step one over the learning rate.
+        increase per unit of step length along d, about the per-step one over the learning rate. A
+        decrease that cannot be had makes the multiplier grow for as long as it is asked for.
       measure: how the violation is observed; see above.
       dual_optimizer: any optax transformation, fed -v_t as the gradient of the multiplier, which is
         then projected to >= 0. None is ``optax.adam(0.05)``: whatever the scale of the losses, a
@@ -139,8 +148,7 @@ def eupmu(
     Source: EUPMU, arXiv 2510.22124 ("lookahead", and "lagged" as its fast variant in the released
     code); "directional", K utilities, and skipping are ours.
     """
-    if not callable(losses_fn):
-        raise TypeError(f"losses_fn must be a function (params, batch) -> Losses, got {losses_fn!r}")
+    check_losses_fn(losses_fn)
     if measure not in MEASURES:
         raise ValueError(f"measure must be one of {', '.join(MEASURES)}; got {measure!r}")
     if inner is None and measure == "lookahead":

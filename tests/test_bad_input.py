@@ -54,12 +54,14 @@ def test_losses_fn_returns_something_else(losses_fn, error, match):
         ({"initial_multiplier": float("nan")}, ValueError, "initial_multiplier"),
         ({"initial_multiplier": jnp.ones((2, 2))}, ValueError, "initial_multiplier must be a scalar or"),
         ({"initial_multiplier": None}, TypeError, "initial_multiplier"),
+        ({"initial_multiplier": jnp.ones(0)}, ValueError, "initial_multiplier"),
         ({"tolerance": jnp.zeros(3)}, ValueError, "tolerance must be a scalar or have the shape"),
         ({"tolerance": jnp.zeros(3), "initial_multiplier": jnp.ones(2)}, ValueError, "tolerance"),
         ({"tolerance": float("inf")}, ValueError, "tolerance must be finite"),
         ({"tolerance": "0.1"}, TypeError, "tolerance"),
         ({"dual_optimizer": 0.1}, TypeError, "dual_optimizer must be an optax"),
         ({"inner": 0.1}, TypeError, "inner must be an optax"),
+        ({"inner": optax.MultiSteps(SGD, 2)}, TypeError, "gradient_transformation"),
         ({"inner": None}, ValueError, "pass inner"),
     ],
 )
@@ -73,7 +75,11 @@ def test_settings(settings, error, match):
 
 def test_losses_fn_is_no_function():
     with pytest.raises(TypeError, match="losses_fn must be a function"):
-        eu.eupmu(SGD, SGD)
+        eu.eupmu(jnp.ones(2), SGD)
+    with pytest.raises(TypeError, match="losses_fn must be a function"):
+        eu.implicit_surgery().value_and_grad(3)
+    with pytest.raises(TypeError, match="losses_fn must be a function"):
+        eu.forget_and_retain_grads(None)
 
 
 def test_schedule_of_the_wrong_shape():

@@ -135,6 +135,15 @@ def test_trajectory_of_the_released_code(name, x64):
         assert error <= 1e-9, (key, error)
 
 
+def test_readme_lists_every_case_that_is_not_reproduced():
+    readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    left_out = [
+        name for name, case in CASES.items() if case["method"] in ("eu", "eu_fast") and not offered(case)
+    ]
+    assert len(left_out) == 10
+    assert not [name for name in left_out if f"`{name}`" not in readme]
+
+
 def test_minibatch_cases_tell_lookahead_from_lagged(x64):
     case = CASES["logistic_minibatch_eu_clamped"]
     wrong = run(case | {"method": "eu_fast"})
