@@ -117,6 +117,9 @@ def eupmu(
       ``optax.MultiSteps`` around this sees the last mini-batch only: make batch the whole batch
       instead. ``optax.apply_if_finite`` and other wrappers that inspect ``updates`` need a pytree
       of zeros in place of None; ``optax.inject_hyperparams`` needs ``static_args=("losses_fn",)``.
+      Wrappers that refuse extra arguments (``optax.lookahead``, ``optax.contrib.sam``,
+      ``optax.contrib.split_real_and_imaginary``, a line search behind this) raise: use them as inner
+      where they take the direction alone, or not at all.
 
     Raises:
       TypeError: losses_fn is no function or returns something else than Losses; batch or params is

@@ -368,6 +368,26 @@ def test_one_multiplier_outside_a_partition_and_an_error_for_two():
         eu.surgery_info(optax.sgd(1.0).init(start()))
 
 
+REFUSING = {
+    "lookahead": lambda tx: optax.lookahead(tx, 5, 0.5),
+    "sam": lambda tx: optax.contrib.sam(tx, optax.sgd(0.1)),
+    "split_real_and_imaginary": optax.contrib.split_real_and_imaginary,
+    "line search": lambda tx: optax.chain(tx, optax.scale_by_backtracking_linesearch(5)),
+}
+
+
+@every_case
+@pytest.mark.parametrize("wrap", REFUSING.values(), ids=REFUSING)
+def test_wrappers_that_refuse_extra_args_raise(case, wrap):
+    """Documented: they would drop the batch or the losses, so their TypeError is the right answer."""
+    tx = wrap(case.factory())
+    synced = optax.LookaheadParams.init_synced(start())
+    params = synced if wrap is REFUSING["lookahead"] else start()
+    updates, extra_args = case.feed(start(), case.factory().init(start()))
+    with pytest.raises(TypeError, match="argument"):
+        tx.update(updates, tx.init(params), params, **extra_args)
+
+
 def test_eupmu_refuses_to_see_a_part_of_params_and_masks_its_inner():
     mask = (True, False)
     outside = optax.masked(eu.eupmu(losses_fn, optax.sgd(0.1)), mask)
