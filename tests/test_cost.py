@@ -113,8 +113,9 @@ def test_flops_and_memory(model, inner):
     for measure, flops_limit, memory_limit in [
         ("lagged", 1.01 * flops, 1.02 if small else 1.06),
         ("lookahead", 1.01 * flops + 1.02 * forward, 1.02 if small else 1.25),
-        # The tangent of x @ w has two products: up to two forwards, and all residuals kept for it.
-        ("directional", 1.01 * flops + 2.04 * forward, 1.15 if small else 1.4),
+        # The tangent of x @ w has two products: up to two forwards. All residuals are kept for it,
+        # which costs 1.11 x (jax 0.10.2) to 1.18 x (0.12.0) on the transformer.
+        ("directional", 1.01 * flops + 2.04 * forward, 1.25 if small else 1.4),
     ]:
         tx = eu.eupmu(losses_fn, inner, measure=measure)
         got_flops, got_memory = cost(eupmu_step(tx), params, tx.init(params), batch)
