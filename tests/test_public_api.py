@@ -13,15 +13,19 @@ import optax
 import pytest
 
 import eupmu_jax as eu
+from eupmu_jax import evaluation
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", eu.__all__)
-def test_every_public_name_is_documented(name):
-    doc = inspect.getdoc(getattr(eu, name))
+PUBLIC = [getattr(module, name) for module in (eu, evaluation) for name in module.__all__]
+
+
+@pytest.mark.parametrize("thing", PUBLIC, ids=lambda thing: thing.__name__)
+def test_every_public_name_is_documented(thing):
+    doc = inspect.getdoc(thing)
     sections = ["Args:", "Source:"]
-    if not inspect.isclass(getattr(eu, name)):
+    if not inspect.isclass(thing):
         sections += ["Returns:", "Raises:", "Example:", ">>> "]
     assert doc is not None
     assert not [section for section in sections if section not in doc]

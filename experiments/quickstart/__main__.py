@@ -12,7 +12,8 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments import classifier, data, methods, metrics, report
+from eupmu_jax import evaluation
+from experiments import classifier, data, methods, report
 
 WEIGHTS = (1.0, 3.0, 10.0)
 
@@ -136,14 +137,15 @@ def run(config: Config, progress: Progress):
         rows = {}
         for name, (params, seconds) in ends.items():
             losses = full_losses(params, (given.forget, given.retain))
-            scores = metrics.evaluate(lambda x, params=params: predict(params, x), split)
+            predictions = [(predict(params, examples.x), examples.y) for examples in split]
+            scores = evaluation.classification_scores(*predictions)
             rows[name] = scores | {
                 "seconds": seconds,
                 "forget_loss": float(losses.forget),
                 "retain_loss": float(losses.retain),
             }
         for row in rows.values():
-            row["gap"] = metrics.average_gap(row, rows["Retrain"])
+            row["gap"] = evaluation.average_gap(row, rows["Retrain"])
         tasks[task] = {
             "caption": caption(rows, split, steps, setting.batch_size),
             "steps": steps,

@@ -1,0 +1,167 @@
+"""Accuracies of the classification protocol, and distances to the retrained model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from eupmu_jax.evaluation.membership import membership_attack
+from eupmu_jax.evaluation.predictions import check_predictions, check_probabilities
+
+
+def accuracy(probabilities: Any, labels: Any) -> float:
+    r"""Percent of examples whose most probable class is the true one.
+
+    .. math:: 100 \cdot \mathrm{mean}_j [\arg\max_i p_{ji} = y_j]
+
+    Range [0, 100], higher is better on retain and test sets; on the forget set Retrain's value is
+    the aim.
+
+    Args:
+      probabilities: [n, classes], rows summing to 1.
+      labels: true classes, integers [n].
+
+    Returns:
+      A percentage.
+
+    Raises:
+      ValueError: other shapes, labels out of range, rows that are no probabilities.
+
+    Example:
+      >>> from eupmu_jax.evaluation import accuracy
+      >>> accuracy([[0.9, 0.1], [0.8, 0.2]], [0, 1])
+      50.0
+
+    Source: standard.
+    """
+    p, y = check_predictions(probabilities, labels)
+    return 100 * float(np.mean(p.argmax(-1) == y))
+
+
+def classification_scores(
+    forget: tuple[Any, Any], retain: tuple[Any, Any], test: tuple[Any, Any]
+) -> dict[str, float]:
+    r"""The protocol's four figures of one model, in percent; nearer to Retrain's is better.
+
+    UA = 100 - accuracy on the forget set; RA, TA = accuracy on the retain and test sets; MIA = the
+    share of the forget set that `membership_attack` takes for non-members by confidence. All in
+    [0, 100]. For class-wise forgetting leave the forgotten class out of the test set.
+
+    Args:
+      forget, retain, test: (probabilities [n, classes], labels [n]) of the model.
+
+    Returns:
+      {"UA", "RA", "TA", "MIA"}; all NaN where a prediction is not finite, as after divergence.
+
+    Raises:
+      ImportError: scikit-learn is missing.
+      ValueError: as for `accuracy`.
+
+    Example:
+      >>> import numpy as np
+      >>> from eupmu_jax.evaluation import classification_scores
+      >>> sure, labels = np.tile([0.99, 0.01], (20, 1)), np.zeros(20, int)
+      >>> scores = classification_scores((sure, labels), (sure, labels), (sure, labels))
+      >>> scores["UA"], scores["RA"], scores["TA"]
+      (0.0, 100.0, 100.0)
+
+    Source: SalUn (arXiv 2310.12508) and the EUPMU repository.
+    """
+    if not all(np.all(np.isfinite(np.asarray(p, np.float64))) for p, _ in (forget, retain, test)):
+        return dict.fromkeys(("UA", "RA", "TA", "MIA"), float("nan"))
+    return {
+        "UA": 100 - accuracy(*forget),
+        "RA": accuracy(*retain),
+        "TA": accuracy(*test),
+        "MIA": membership_attack(forget, retain, test)["confidence"],
+    }
+
+
+def average_gap(
+    scores: Mapping[str, float],
+    retrain: Mapping[str, float],
+    names: Sequence[str] = ("UA", "RA", "TA", "MIA"),
+) -> float:
+    r"""Mean absolute difference to Retrain over the named scores, in points.
+
+    .. math:: \mathrm{mean}_s |a_s - a_s^{\text{Retrain}}|
+
+    Range [0, 100]; lower is better, Retrain scores 0.
+
+    Args:
+      scores, retrain: percentages by name, as from `classification_scores`.
+      names: which of them to average over.
+
+    Returns:
+      The gap in points.
+
+    Raises:
+      KeyError: a name that is missing.
+
+    Example:
+      >>> from eupmu_jax.evaluation import average_gap
+      >>> average_gap({"RA": 90.0, "TA": 80.0}, {"RA": 100.0, "TA": 84.0}, ("RA", "TA"))
+      7.0
+
+    Source: SalUn (arXiv 2310.12508).
+    """
+    return float(np.mean([abs(scores[name] - retrain[name]) for name in names]))
+
+
+def tug_of_war(scores: Mapping[str, float], retrain: Mapping[str, float]) -> float:
+    r"""ToW: how near a model is to Retrain on the forget, retain and test sets at once.
+
+    .. math:: \prod_{s \in \{UA, RA, TA\}} (1 - |a_s - a_s^{\text{Retrain}}| / 100)
+
+    Range [0, 1]; higher is better, Retrain scores 1.
+
+    Args:
+      scores, retrain: percentages by name, as from `classification_scores`.
+
+    Returns:
+      The product.
+
+    Raises:
+      KeyError: a name that is missing.
+
+    Example:
+      >>> from eupmu_jax.evaluation import tug_of_war
+      >>> tug_of_war({"UA": 50, "RA": 100, "TA": 90}, {"UA": 0, "RA": 100, "TA": 90})
+      0.5
+
+    Source: Zhao et al., arXiv 2406.01257.
+    """
+    return float(np.prod([1 - abs(scores[name] - retrain[name]) / 100 for name in ("UA", "RA", "TA")]))
+
+
+def kl_divergence(reference: Any, probabilities: Any) -> float:
+    r"""Mean Kullback-Leibler divergence of a model's predictions from a reference's, in nats.
+
+    .. math:: \mathrm{mean}_j \textstyle\sum_i q_{ji} \log (q_{ji} / p_{ji}), \quad q \text{ the reference}
+
+    Range [0, inf); lower is better, Retrain as its own reference scores 0 and a second retraining
+    a little more. inf where the model rules out what the reference allows.
+
+    Args:
+      reference: q, [n, classes], Retrain's predictions on the same examples.
+      probabilities: p, [n, classes].
+
+    Returns:
+      The mean divergence in nats.
+
+    Raises:
+      ValueError: shapes that differ, rows that are no probabilities.
+
+    Example:
+      >>> from eupmu_jax.evaluation import kl_divergence
+      >>> round(kl_divergence([[1.0, 0.0]], [[0.5, 0.5]]), 4)
+      0.6931
+
+    Source: standard.
+    """
+    q, p = check_probabilities(reference), check_probabilities(probabilities)
+    if q.shape != p.shape:
+        raise ValueError(f"reference and probabilities must have one shape, got {q.shape} and {p.shape}")
+    with np.errstate(divide="ignore"):
+        ratio = np.log(np.where(q > 0, q, 1)) - np.log(np.where(q > 0, p, 1))
+    return float(np.mean(np.sum(np.where(q > 0, q * ratio, 0), -1)))
