@@ -155,11 +155,12 @@ def test_float32_projection_is_near_the_float64_one(kind, utilities):
 @pytest.mark.parametrize("angle", [1e-1, 3e-2, 1e-2])
 def test_float32_projection_between_nearly_opposed_gradients(angle):
     rng = np.random.default_rng(0)
-    for _ in range(30):
-        g_f, g, other = rng.normal(size=(3, 8)).astype(np.float32)
-        g_r = np.stack([g, -g + angle * other])
+    for _ in range(60):
+        g_f, g, other, third = rng.normal(size=(4, 8)).astype(np.float32)
+        g_r = np.stack([g, -g + angle * other, third])
         direction, _ = project(jnp.asarray(g_f), jnp.asarray(g_r))
-        assert np.all(-(g_r @ direction) <= 1e-3 * np.linalg.norm(g_r, axis=1) * np.linalg.norm(g_f))
+        # A single regularised solve in place of the proximal iterations ends at up to 4e-4.
+        assert np.all(-(g_r @ direction) <= 1e-4 * np.linalg.norm(g_r, axis=1) * np.linalg.norm(g_f))
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
