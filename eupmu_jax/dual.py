@@ -60,10 +60,6 @@ class Dual(NamedTuple):
     normalize_weights: bool
 
 
-def default_dual_optimizer() -> optax.GradientTransformation:
-    return optax.adam(0.05)
-
-
 def make_dual(tolerance, dual_optimizer, initial_multiplier, log_losses, normalize_weights) -> Dual:
     """Checks what is concrete (a traced hyper-parameter is taken as it is) and fills the defaults."""
     check_tolerance(tolerance, np.shape(initial_multiplier))
@@ -76,7 +72,7 @@ def make_dual(tolerance, dual_optimizer, initial_multiplier, log_losses, normali
         if not (np.all(np.isfinite(concrete)) and np.all(concrete >= 0)):
             raise ValueError(f"initial_multiplier must be finite and >= 0, got {initial_multiplier}")
     if dual_optimizer is None:
-        dual_optimizer = default_dual_optimizer()
+        dual_optimizer = optax.adam(0.05)
     check_transformation(dual_optimizer, "dual_optimizer")
     return Dual(
         tolerance,

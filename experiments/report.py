@@ -39,19 +39,18 @@ def new_run_dir(parent: pathlib.Path, name: str) -> pathlib.Path:
 def provenance(config: Any) -> dict[str, Any]:
     """What it takes to run this again: the resolved config, versions, device, commit and date."""
     packages = ["eupmu_jax", "jax", "jaxlib", "optax", "flax", "numpy", "scikit-learn"]
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=pathlib.Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    describe = ["git", "describe", "--always", "--dirty"]
+    here = pathlib.Path(__file__).parent
+    try:
+        commit = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        commit = "unknown"
     return {
         "config": dataclasses.asdict(config),
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in packages},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}",
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit.strip(),
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
     }
 
@@ -126,7 +125,7 @@ def plot_histories(path: pathlib.Path, histories: dict[str, dict[str, dict[str, 
             axis.set(xlabel="step", title=f"forget {task}: {label} of the batch")
             axis.grid(alpha=0.3)
             if key == "multiplier":
-                axis.set(title=f"forget {task}: multiplier (EUPMU: of the logarithms)")
+                axis.set(title=f"forget {task}: multiplier", ylabel="of losses; EUPMU: of log losses")
                 axis.set(yscale="symlog", ylim=(0, None))
             else:
                 axis.set_yscale("log")

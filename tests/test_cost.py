@@ -128,6 +128,26 @@ def test_flops_and_memory(model, inner):
     assert got[1] <= (1.02 if small else 1.06) * memory
 
 
+def explicit_step(tx, losses_fn):
+    def step(params, state, batch):
+        _, forget_grads, retain_grads = eu.forget_and_retain_grads(losses_fn)(params, batch)
+        updates, state = tx.update(forget_grads, state, params, retain_grads=retain_grads)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+@pytest.mark.parametrize("model", [mlp, transformer])
+def test_exact_surgery_on_disjoint_batches(model):
+    """Each example is back-propagated once: only the elementwise projection comes on top."""
+    params, losses_fn, batch = model()
+    inner = INNER["momentum"]
+    flops, _ = cost(linear_step(losses_fn, inner), params, inner.init(params), batch)
+    tx = optax.chain(eu.explicit_surgery(), inner)
+    got, _ = cost(explicit_step(tx, losses_fn), params, tx.init(params), batch)
+    assert got <= 1.02 * flops
+
+
 def count(jaxpr, name):
     """How often a primitive stands in a jaxpr, those inside its equations included."""
     total = 0

@@ -102,6 +102,11 @@ def test_batches_pass_over_everything_equally():
     assert data.batch_rows(3, 8, 2, seed=0).shape == (2, 8)
 
 
+def test_provenance_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert report.provenance(quickstart.Config())["commit"] == "unknown"
+
+
 def test_run_folders_never_collide(tmp_path):
     assert len({report.new_run_dir(tmp_path, "x") for _ in range(5)}) == 5
 

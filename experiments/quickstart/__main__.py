@@ -82,10 +82,9 @@ def unlearning_methods(losses_fn, config: Config) -> dict[str, methods.Method]:
     }
 
 
-def run(config: Config, progress: Progress):
+def run(config: Config, train_set: data.Examples, test_set: data.Examples, progress: Progress):
     """Results of every task, and each unlearning method's history."""
     setting = SETTINGS[config.dataset]
-    train_set, test_set = load(config)
     classes = int(train_set.y.max()) + 1
     model = classifier.MLP(classes)
     losses_fn = classifier.make_losses(model)
@@ -177,15 +176,16 @@ def caption(rows, split: data.Split, steps: int, batch_size: int) -> str:
 def main(config: Config) -> None:
     console = Console()
     start = time.perf_counter()
+    train_set, test_set = load(config)
+    path = report.new_run_dir(config.runs_dir, f"quickstart-{config.dataset}")
     columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        tasks, histories = run(config, progress)
+        tasks, histories = run(config, train_set, test_set, progress)
     results = report.provenance(config) | {
         "setting": dataclasses.asdict(SETTINGS[config.dataset]),
         "seconds": time.perf_counter() - start,
         "tasks": tasks,
     }
-    path = report.new_run_dir(config.runs_dir, f"quickstart-{config.dataset}")
     report.write_results(path, results)
     report.plot_histories(path, histories)
     report.plot_trade_off(path, tasks)
@@ -198,5 +198,5 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, prog="python -m experiments.quickstart"))
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
