@@ -1,11 +1,11 @@
-"""A run's folder: its configuration and results as JSON and CSV, its tables and its pictures."""
+"""A run's folder: what made it, its tables, its pictures and one page that shows them all."""
 
-import csv
+import base64
 import dataclasses
 import datetime
+import html
 import importlib.metadata
 import json
-import math
 import pathlib
 import platform
 import subprocess
@@ -14,13 +14,16 @@ from typing import Any
 import jax
 import matplotlib
 import numpy as np
-from rich.table import Table
+import pandas as pd
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-COLUMNS = ["UA", "RA", "TA", "MIA", "gap", "seconds"]
+REFERENCES = {"Original": "X", "Retrain": "*"}
+
+# A pandas.DataFrame; the types that pandas declares for its cells defeat the type checker.
+Frame = Any
 
 
 def new_run_dir(parent: pathlib.Path, name: str) -> pathlib.Path:
@@ -37,7 +40,7 @@ def new_run_dir(parent: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def provenance(config: Any) -> dict[str, Any]:
-    """What it takes to run this again: the resolved config, versions, device, commit and date."""
+    """What it takes to run this again: the resolved config with its seeds, versions, device, commit, date."""
     packages = ["eupmu_jax", "jax", "jaxlib", "optax", "flax", "numpy", "scikit-learn"]
     describe = ["git", "describe", "--always", "--dirty"]
     here = pathlib.Path(__file__).parent
@@ -46,7 +49,7 @@ def provenance(config: Any) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         commit = "unknown"
     return {
-        "config": dataclasses.asdict(config),
+        "config": plain(dataclasses.asdict(config)),
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in packages},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}",
@@ -55,44 +58,101 @@ def provenance(config: Any) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    """`value` in JSON's types."""
+def plain(value: Any) -> Any:
+    """`value` in JSON's types; null for what is not finite."""
     if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
     if isinstance(value, pathlib.Path):
         return str(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def write_results(path: pathlib.Path, results: dict[str, Any]) -> None:
-    """results.json (null for what is not finite), and its rows as results.csv."""
-    (path / "results.json").write_text(json.dumps(_plain(results), indent=2, allow_nan=False) + "\n")
-    with (path / "results.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["task", "method", *COLUMNS, "forget_loss", "retain_loss"])
-        for task, result in results["tasks"].items():
-            for method, row in result["methods"].items():
-                cells = [row[name] for name in [*COLUMNS, "forget_loss", "retain_loss"]]
-                writer.writerow([task, method, *(f"{cell:.6g}" for cell in cells)])
+def write_csv(path: pathlib.Path, frame: Frame, origin: dict[str, Any]) -> None:
+    """The frame under a first line "# {...}" with its origin; pandas.read_csv(path, comment="#")."""
+    with path.open("w", newline="") as file:
+        file.write(f"# {json.dumps(origin)}\n")
+        frame.to_csv(file, index=False, float_format="%.6g")
 
 
-def table(title: str, methods: dict[str, dict[str, float]]) -> Table:
-    """A result table for the terminal."""
-    out = Table(title=title, title_justify="left")
-    out.add_column("method")
-    for name in COLUMNS:
-        out.add_column(name, justify="right")
-    for method, row in methods.items():
-        cells = (f"{row[name]:.2f}" if name == "gap" else f"{row[name]:.1f}" for name in COLUMNS)
-        out.add_row(method, *cells)
-    return out
+def read_csv(path: pathlib.Path) -> Frame:
+    return pd.read_csv(path, comment="#")
 
 
-def colours(methods) -> dict[str, Any]:
-    """One colour a method, the same in every picture; the two references are black."""
-    references = {"Original": "black", "Retrain": "black"}
+def mean_and_std(frame: Frame, columns: dict[str, int]) -> Frame:
+    """Text "mean ± std" of each column over the seeds of a method; columns name their decimals."""
+    groups = frame.groupby("method", sort=False)[list(columns)]
+    means, stds, several = groups.mean(), groups.std(), groups.size().max() > 1
+
+    def cell(method, name):
+        mean, digits = means.loc[method, name], columns[name]
+        if pd.isna(mean):
+            return "-"
+        return f"{mean:.{digits}f}" + (f" ± {stds.loc[method, name]:.{digits}f}" if several else "")
+
+    cells = {name: [cell(method, name) for method in means.index] for name in columns}
+    return pd.DataFrame(cells, index=means.index)
+
+
+class Section(list):
+    """A title, and what follows it: text, tables (DataFrame) and names of pictures."""
+
+    def __init__(self, title: str, *parts: Any):
+        super().__init__(parts)
+        self.title = title
+
+
+def write_markdown(path: pathlib.Path, title: str, sections: list[Section], origin: dict[str, Any]) -> None:
+    lines = [f"# {title}", ""]
+    for section in sections:
+        lines += [f"## {section.title}", ""]
+        for part in section:
+            if isinstance(part, pd.DataFrame):
+                align = ["left"] * part.index.nlevels + ["right"] * part.shape[1]
+                lines += [part.to_markdown(colalign=align, disable_numparse=True), ""]
+            else:
+                lines += [f"![{section.title}]({part})" if part.endswith(".png") else part, ""]
+    lines += ["## Origin", "", "```json", json.dumps(origin, indent=1), "```", ""]
+    path.write_text("\n".join(lines))
+
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:1em 0}
+th,td{padding:.2em .7em;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
+tbody th{text-align:left;font-weight:normal}tr:hover{background:#f4f4f4}img{max-width:100%}
+div{overflow-x:auto}pre{background:#f7f7f7;padding:1em;overflow-x:auto}"""
+
+
+def write_page(path: pathlib.Path, title: str, sections: list[Section], origin: dict[str, Any]) -> None:
+    """One HTML file with every table and picture in it, for reading offline."""
+
+    def shown(part):
+        if isinstance(part, pd.DataFrame):
+            return f"<div>{part.rename_axis(None).to_html(border=0)}</div>"
+        if part.endswith(".png"):
+            data = base64.b64encode((path.parent / part).read_bytes()).decode()
+            return f'<img alt="{html.escape(part)}" src="data:image/png;base64,{data}">'
+        return f"<p>{html.escape(part)}</p>"
+
+    body = "".join(f"<h2>{html.escape(s.title)}</h2>{''.join(map(shown, s))}" for s in sections)
+    made_by = (
+        f"<details><summary>Origin</summary><pre>{html.escape(json.dumps(origin, indent=1))}</pre></details>"
+    )
+    path.write_text(
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{body}{made_by}</html>\n"
+    )
+
+
+def styles(methods: list[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each method, the same in every picture; the two references are black."""
+    references = {name: {"color": "black", "marker": marker} for name, marker in REFERENCES.items()}
     others = [method for method in methods if method not in references]
-    return references | {method: plt.get_cmap("tab10")(i % 10) for i, method in enumerate(others)}
+    strong_first = [*range(0, 20, 2), *range(1, 20, 2)]
+    colour = lambda i: plt.get_cmap("tab20")(strong_first[i % 20])
+    looks = {m: {"color": colour(i), "marker": "osD^vP"[i // 5 % 6]} for i, m in enumerate(others)}
+    return references | looks
 
 
 def plain_numbers(*axes) -> None:
@@ -103,63 +163,25 @@ def plain_numbers(*axes) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def running_mean(series: np.ndarray, width: int) -> np.ndarray:
-    """Means over a centred window that shrinks at the ends."""
-    window = np.ones(width)
-    return np.convolve(series, window, "same") / np.convolve(np.ones_like(series), window, "same")
-
-
-def plot_histories(path: pathlib.Path, histories: dict[str, dict[str, dict[str, np.ndarray]]]) -> None:
-    """Losses and multiplier over steps, a row for each task."""
-    panels = {"forget_loss": "forget loss", "retain_loss": "retain loss", "multiplier": "multiplier"}
+def grid(count: int, columns: int, width: float, height: float):
+    """A figure, and `count` axes in rows of `columns`."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
     figure, axes = plt.subplots(
-        len(histories), 3, figsize=(14, 3.6 * len(histories)), squeeze=False, layout="constrained"
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
     )
-    for row, (task, methods) in zip(axes, histories.items(), strict=True):
-        palette = colours(methods)
-        for axis, (key, label) in zip(row, panels.items(), strict=True):
-            for method, history in methods.items():
-                smooth = running_mean(history[key], max(1, len(history[key]) // 40))
-                style = "--" if method.startswith("constant") else "-"
-                axis.plot(smooth, style, color=palette[method], label=method, linewidth=1.5)
-            axis.set(xlabel="step", title=f"forget {task}: {label} of the batch")
-            axis.grid(alpha=0.3)
-            if key == "multiplier":
-                axis.set(title=f"forget {task}: multiplier", ylabel="of losses; EUPMU: of log losses")
-                axis.set(yscale="symlog", ylim=(0, None))
-            else:
-                axis.set_yscale("log")
-                plain_numbers(axis.yaxis)
-    axes[0][0].legend(fontsize="small")
-    figure.savefig(path / "histories.png", dpi=120)
-    plt.close(figure)
+    for empty in axes.flat[count:]:
+        empty.remove()
+    return figure, list(axes.flat[:count])
 
 
-def plot_trade_off(path: pathlib.Path, tasks: dict[str, Any]) -> None:
-    """Final retain loss against final forget loss over the whole sets, Retrain as a star."""
-    figure, axes = plt.subplots(
-        1, len(tasks), figsize=(6.5 * len(tasks), 5), squeeze=False, layout="constrained"
-    )
-    for axis, (task, result) in zip(axes[0], tasks.items(), strict=True):
-        methods = result["methods"]
-        points = {method: (row["forget_loss"], row["retain_loss"]) for method, row in methods.items()}
-        constant = [method for method in methods if method.startswith("constant")]
-        axis.plot(*zip(*map(points.get, constant), strict=True), "k--", alpha=0.4, linewidth=1)
-        palette = colours(methods)
-        for method in methods:
-            default = ("o" if method in constant else "D", 60)
-            marker, size = {"Retrain": ("*", 260), "Original": ("X", 90)}.get(method, default)
-            style = {"color": palette[method], "marker": marker, "s": size, "zorder": 3}
-            axis.scatter(*points[method], label=method, **style)
-        axis.set(
-            xscale="log",
-            yscale="log",
-            title=f"forget {task}",
-            xlabel="forget loss, to the wrong labels (left: more is forgotten)",
-            ylabel="retain loss (down: more is kept)",
-        )
-        plain_numbers(axis.xaxis, axis.yaxis)
-        axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize="small")
-    figure.savefig(path / "trade_off.png", dpi=120)
+def save(figure, path: pathlib.Path, legend: int = 0) -> None:
+    """Writes the picture, with one legend for all axes in `legend` columns below them."""
+    if legend:
+        named = {}
+        for axis in figure.axes:
+            handles, labels = axis.get_legend_handles_labels()
+            named |= dict(zip(labels, handles, strict=True))
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=legend)
+    figure.savefig(path, dpi=90)
     plt.close(figure)

@@ -1,105 +1,275 @@
-"""Data loaders on files in the real format, and the quickstart from end to end."""
+"""The studies' machinery: forget sets, training, the loop, tuning, records, reports, command lines."""
 
-import csv
 import dataclasses
-import gzip
 import json
+import pathlib
+import subprocess
+import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
-from experiments import data, report
-from experiments.quickstart import __main__ as quickstart
-
-
-def idx(array):
-    """An array of bytes in the IDX format."""
-    header = b"\0\0\x08" + bytes([array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-    return header + array.astype(np.uint8).tobytes()
-
-
-@pytest.fixture
-def fashion_dir(tmp_path):
-    """A folder like Fashion-MNIST's: bright classes, one file unzipped."""
-    rng = np.random.default_rng(0)
-    for prefix, size in (("train", 400), ("t10k", 120)):
-        labels = np.arange(size) % 10
-        images = (20 * labels[:, None, None] + rng.integers(0, 50, (size, 28, 28))).astype(np.uint8)
-        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
-        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(idx(labels))
-    return tmp_path
-
-
-def test_idx_files(fashion_dir):
-    train, test = data.fashion_mnist(0, fashion_dir, train_size=300, test_size=1000)
-    assert train.x.shape == (300, 784)
-    assert test.size == 120
-    assert train.x.dtype == np.float32
-    assert 0 <= train.x.min() <= train.x.max() <= 1
-    assert set(test.y) == set(range(10))
-    bright = np.array([train.x[train.y == label].mean() for label in range(10)])
-    assert np.all(np.diff(bright) > 0), "images and labels stay together"
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"",
-        b"PK\3\4",
-        b"\0\0\x0d\1\0\0\0\2ab",
-        b"\0\0\x08\3\0\0",
-        b"\0\0\x08\1\0\0\0\5ab",
-        b"\0\0\x08\1\0\0\0\1ab",
-    ],
+from experiments import images, report
+from experiments.classification import __main__ as classification
+from experiments.classification import bench, plots, scores, study, tuning
+from experiments.classification import report as study_report
+from experiments.classification.configs import CONFIGS
+from experiments.classifier import (
+    MLP,
+    Recipe,
+    ResNet18,
+    augment,
+    batch_rows,
+    make_classifier,
+    make_trainer,
 )
-def test_damaged_idx_files(tmp_path, raw):
-    (tmp_path / "x").write_bytes(raw)
-    with pytest.raises(ValueError, match=r"damaged|not an IDX file"):
-        data.read_idx(tmp_path / "x")
+from experiments.forget_sets import make_task, memorisation, wrong_labels
+from experiments.peers import PEERS
+from experiments.quickstart import __main__ as quickstart
+from experiments.unlearning import (
+    Plan,
+    make_plan,
+    make_unlearn,
+    make_unlearn_many,
+    make_unlearner,
+    number_of_steps,
+)
+
+RECIPE = Recipe(epochs=4, batch_size=32, optimizer="adam", learning_rate=3e-3)
+TINY = dataclasses.replace(
+    CONFIGS["smoke"],
+    training=RECIPE,
+    tasks=("class:3", "random:0.1"),
+    train_size=300,
+    validation_size=100,
+    test_size=100,
+    methods=("random labels", "SalUn", "EUPMU lagged (log)"),
+    trials=2,
+    shadows=3,
+    relearning_steps=10,
+)
 
 
-def test_damaged_gzip_and_missing_files(tmp_path):
-    (tmp_path / "x.gz").write_bytes(gzip.compress(idx(np.arange(100)))[:-20])
-    with pytest.raises(ValueError, match="damaged"):
-        data.read_idx(tmp_path / "x")
-    (tmp_path / "y.gz").write_bytes(b"not gzip")
-    with pytest.raises(ValueError, match="damaged"):
-        data.read_idx(tmp_path / "y")
-    with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
-        data.read_idx(tmp_path / "z")
+@pytest.fixture(scope="module")
+def data():
+    return images.partition(*images.digits(), train_size=300, validation_size=100, test_size=100, seed=0)
 
 
-def test_images_and_labels_that_do_not_belong_together(fashion_dir):
-    (fashion_dir / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(7)))
-    with pytest.raises(ValueError, match="do not belong together"):
-        data.fashion_mnist(0, fashion_dir, 10, 10)
+@pytest.fixture(scope="module")
+def classifier():
+    return make_classifier(MLP(10, (32,)))
 
 
-def test_splits_are_disjoint_and_complete():
-    train, test = data.digits(0)
-    by_class = data.forget_class(train, test, 3)
-    assert set(by_class.forget.y) == {3}
-    assert 3 not in by_class.retain.y
-    assert 3 not in by_class.test.y
-    by_chance = data.forget_random(train, test, 0.1, seed=0)
-    assert by_chance.forget.size == round(0.1 * train.size)
-    for split in (by_class, by_chance):
-        rows = np.concatenate([split.forget.x, split.retain.x])
-        np.testing.assert_array_equal(np.sort(rows.sum(1)), np.sort(train.x.sum(1)))
+@pytest.fixture(scope="module")
+def trainer(classifier):
+    return make_trainer(classifier, RECIPE)
+
+
+def on_device(examples):
+    return images.Examples(*map(jnp.asarray, examples))
+
+
+def assert_trees_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+@pytest.mark.parametrize("spec", ["class:3", "subclass:3", "random:0.1", "random:0.5", "memorised:0.1"])
+def test_forget_sets_are_disjoint_and_complete(spec, data, trainer, classifier):
+    task = make_task(spec, data, trainer, classifier, seed=0)
+    np.testing.assert_array_equal(np.sort(np.concatenate([task.forget, task.retain])), np.arange(300))
+    labels = data.train.y[task.forget]
+    if spec == "class:3":
+        assert set(labels) == {3}
+        assert 3 not in data.train.y[task.retain]
+        assert 3 not in data.test.y[task.judged_on(data.test)]
+    else:
+        np.testing.assert_array_equal(task.judged_on(data.test), np.arange(100))
+    if spec == "subclass:3":
+        assert set(labels) == {3}
+        assert 3 in data.train.y[task.retain]
+    if spec.startswith(("random", "memorised")):
+        assert len(task.forget) == round(float(spec.split(":")[1]) * 300)
+    again = make_task(spec, data, trainer, classifier, seed=0)
+    np.testing.assert_array_equal(again.forget, task.forget)
+
+
+@pytest.mark.parametrize("spec", ["class:x", "class:77", "random:0", "random:1", "random:2", "odd:1", ""])
+def test_impossible_forget_sets_are_named(spec, data, trainer, classifier):
+    with pytest.raises(ValueError, match=f"task '{spec}'"):
+        make_task(spec, data, trainer, classifier, seed=0)
+
+
+def test_memorisation_finds_wrong_labels(data, classifier):
+    """A label that contradicts its image can only be known by heart."""
+    labels = data.train.y.copy()
+    labels[:15] = (labels[:15] + 5) % 10
+    thorough = make_trainer(classifier, dataclasses.replace(RECIPE, epochs=100, learning_rate=1e-2))
+    scores = memorisation(images.Examples(data.train.x, labels), thorough, classifier, seed=0)
+    assert np.all((scores >= -1) & (scores <= 1))
+    worst = np.argsort(-scores)[:15]
+    assert np.sum(worst < 15) >= 8, "chance finds less than one"
 
 
 def test_wrong_labels_are_wrong_and_within_range():
     labels = np.arange(1000) % 7
-    wrong = data.wrong_labels(labels, 7, seed=0)
+    wrong = wrong_labels(labels, 7, seed=0)
     assert np.all(wrong != labels)
     assert set(wrong) == set(range(7))
 
 
 def test_batches_pass_over_everything_equally():
-    rows = data.batch_rows(size=10, batch_size=4, steps=5, seed=0)
+    rows = batch_rows(np.arange(10) + 5, batch_size=4, steps=5, seed=0)
     assert rows.shape == (5, 4)
-    np.testing.assert_array_equal(np.bincount(rows.ravel()), 2)
-    assert data.batch_rows(3, 8, 2, seed=0).shape == (2, 8)
+    np.testing.assert_array_equal(np.bincount(rows.ravel(), minlength=15), [0] * 5 + [2] * 10)
+    assert batch_rows(np.arange(3), 8, 2, seed=0).shape == (2, 8)
+
+
+def test_a_plan_pairs_forget_with_retain():
+    forget, retain = np.arange(5), np.arange(5, 50)
+    plan = make_plan(forget, retain, steps=20, batch_size=4, seed=0)
+    assert plan.rows.shape == (20, 2, 4)
+    assert set(plan.rows[:, 0].ravel()) == set(forget)
+    assert set(plan.rows[:, 1].ravel()) == set(retain)
+    assert set(plan.forget_rows.ravel()) == set(forget)
+    assert number_of_steps(5, 6000, 64) == 470
+    assert number_of_steps(1, 3, 64) == 10
+
+
+def test_augmented_images_are_shifted_and_mirrored():
+    image = np.arange(1, 37, dtype=np.uint8).reshape(6, 6, 1)
+    out = np.asarray(augment(jax.random.key(0), jnp.tile(image, (200, 1, 1, 1))))
+    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+    windows = [padded[i : i + 6, j : j + 6] for i in range(9) for j in range(9)]
+    possible = {window.tobytes() for window in windows} | {w[:, ::-1].tobytes() for w in windows}
+    seen = {one.tobytes() for one in out}
+    assert seen <= possible
+    assert len(seen) > 50
+
+
+def test_prediction_normalises_by_the_calibration_images():
+    """With one batch as its calibration, prediction on that batch is the training-mode forward pass."""
+    classifier = make_classifier(ResNet18(3, width=4))
+    x = jax.random.randint(jax.random.key(1), (6, 8, 8, 3), 0, 256).astype(jnp.uint8)
+    params = classifier.init(jax.random.key(0), x)
+    assert "batch_stats" not in params
+    expected = jax.nn.softmax(classifier.apply(params, x))
+    got = jax.jit(classifier.predict)(params, x[None], x)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    other = jax.jit(classifier.predict)(params, (x // 4)[None], x)
+    assert not np.allclose(other, expected, atol=1e-3)
+
+
+def test_full_size_recipe_is_the_published_one():
+    config = CONFIGS["cifar10"]
+    params = jax.eval_shape(
+        make_classifier(ResNet18(10)).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8)
+    )
+    # ResNet-18 for CIFAR-10 has 11,173,962 weights.
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 11_173_962
+    recipe = config.training
+    assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (182, 256, 0.1)
+    assert (config.validation_size, config.unlearning_epochs) == (5000, 5)
+
+
+def test_many_models_in_one_call_are_the_same_models(data, classifier, trainer):
+    train = on_device(data.train)
+    rows = np.arange(300)
+    plans = np.stack([trainer.plan(rows, seed) for seed in (0, 1)])
+    many = trainer.train_many(train, plans, jnp.stack([jax.random.key(seed) for seed in (0, 1)]))
+    singles = [trainer.train(train, plans[seed], seed)[0] for seed in (0, 1)]
+    accuracy = np.mean(classifier.apply(singles[0], train.x).argmax(-1) == train.y)
+    assert accuracy > 0.5
+    for seed, single in enumerate(singles):
+        assert_trees_close(jax.tree.map(lambda leaf, s=seed: leaf[s], many), single, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["SalUn", "SCRUB", "EUPMU lookahead"])
+def test_unlearning_many_at_once_is_unlearning_each(method, data, classifier, trainer):
+    train = on_device(data.train)
+    wrong = jnp.asarray(wrong_labels(data.train.y, 10, 0))
+    params, _ = trainer.train(train, trainer.plan(np.arange(300), 0), 0)
+    peer = PEERS[method]
+    knobs = {"learning_rate": 0.003, **{name: float(np.mean(r)) for name, r in peer.knobs.items()}}
+    unlearner = make_unlearner(peer, classifier.apply, weight_decay=1e-3)
+    plans = [make_plan(np.arange(30), np.arange(30, 300), steps=20, batch_size=16, seed=s) for s in (0, 1)]
+    unlearn = make_unlearn(unlearner)
+    parts = []
+    singles = [unlearn(knobs, params, train, wrong, plan, 0, parts.append) for plan in plans]
+    assert sum(parts) == pytest.approx(2)
+    assert singles[0].history["retain_loss"].shape == (20,)
+    both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
+    stacked = Plan(*(np.stack(part) for part in zip(*plans, strict=True)))
+    keys = jax.random.split(jax.random.key(0), 2)
+    many = make_unlearn_many(unlearner)(knobs, both, keys, train, wrong, stacked)
+    for i, single in enumerate(singles):
+        assert_trees_close(jax.tree.map(lambda leaf, i=i: leaf[i], many), single.params, atol=1e-5)
+    assert not np.allclose(
+        jax.tree.leaves(singles[0].params)[-1], jax.tree.leaves(singles[1].params)[-1], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", list(PEERS))
+def test_settings_to_try_fill_their_ranges(name):
+    peer = PEERS[name]
+    settings = tuning.settings_to_try(peer, 12, seed=3)
+    assert settings == tuning.settings_to_try(peer, 12, seed=3)
+    assert len({tuple(one.values()) for one in settings}) == 12
+    for knob, (low, high) in {"learning_rate": peer.learning_rate, **peer.knobs}.items():
+        values = np.array([one[knob] for one in settings])
+        assert np.all((values >= low * 0.999) & (values <= high * 1.001))
+        assert np.sum(values < np.sqrt(low * high)) in (5, 6, 7), "log-uniform"
+
+
+def test_blind_score_by_hand():
+    original = {"UA": 1.0, "RA": 99.0, "VA": 90.0, "TA": 0.0}
+    scores = {"UA": 14.0, "RA": 97.0, "VA": 89.0, "TA": 0.0}
+    assert tuning.blind_score(scores, original, whole_class=False) == 2 + 1 + abs(86 - 90)
+    forgotten = {"UA": 100.0, "RA": 90.0, "VA": 80.0, "TA": 0.0}
+    better = forgotten | {"RA": 95.0}
+    nearly = better | {"UA": 99.0, "RA": 100.0}
+    hardly = nearly | {"UA": 10.0}
+    ranked = [
+        tuning.blind_score(one, original, whole_class=True) for one in (better, forgotten, nearly, hardly)
+    ]
+    assert ranked == sorted(ranked)
+    assert len(set(ranked)) == 4
+    assert tuning.blind_score(scores | {"RA": float("nan")}, original, whole_class=False) == float("inf")
+    unseen = scores | {"TA": 50.0}
+    assert tuning.blind_score(unseen, original, whole_class=False) == 7, "the test set is not looked at"
+
+
+def test_records_survive_being_killed(tmp_path):
+    path = tmp_path / "records.jsonl"
+    records = bench.Records(path)
+    assert records.get(("run", "a"), lambda: {"x": 1.5})["x"] == 1.5
+    records.get(("run", "b"), lambda: {"x": float("nan")})
+    path.write_text(path.read_text() + '{"key": ["run", "c"], "x"')
+    again = bench.Records(path)
+    assert again.get(("run", "a"), pytest.fail) == {"key": ["run", "a"], "x": 1.5}
+    assert [record["key"][1] for record in again.of("run")] == ["a", "b"]
+    assert again.get(("run", "c"), lambda: {"x": 2})["x"] == 2
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_front_and_hypervolume_by_hand():
+    points = np.array([[10.0, 90.0], [50.0, 60.0], [40.0, 50.0], [90.0, 20.0], [50.0, 10.0]])
+    np.testing.assert_array_equal(plots.front(points), [[90, 20], [50, 60], [10, 90]])
+    assert plots.hypervolume(points) == pytest.approx((90 * 20 + 50 * 40 + 10 * 30) / 1e4)
+    assert plots.hypervolume(np.array([[np.nan, 1.0]])) == 0
+    rng = np.random.default_rng(0)
+    points, samples = rng.uniform(0, 100, (20, 2)), rng.uniform(0, 100, (100_000, 2))
+    dominated = np.any(np.all(samples[:, None] <= points[None], -1), -1).mean()
+    assert plots.hypervolume(points) == pytest.approx(dominated, abs=0.01)
+
+
+def test_mean_and_std_over_seeds():
+    frame = pd.DataFrame({"method": ["b", "b", "a", "a"], "x": [1.0, 3.0, 5.0, np.nan], "y": [0.0] * 4})
+    table = report.mean_and_std(frame, {"x": 1})
+    assert list(table.index) == ["b", "a"]
+    assert table.loc["b", "x"] == "2.0 ± 1.4"
 
 
 def test_provenance_without_git(monkeypatch):
@@ -111,44 +281,144 @@ def test_run_folders_never_collide(tmp_path):
     assert len({report.new_run_dir(tmp_path, "x") for _ in range(5)}) == 5
 
 
-@pytest.fixture
-def short_settings(monkeypatch):
-    short = {
-        name: dataclasses.replace(setting, epochs=3, unlearning_epochs=1)
-        for name, setting in quickstart.SETTINGS.items()
+def test_what_is_not_finite_is_null_in_json():
+    assert report.plain({"a": [float("nan"), 1.0], "b": (pathlib.Path("x"),)}) == {
+        "a": [None, 1.0],
+        "b": ["x"],
     }
-    monkeypatch.setattr(quickstart, "SETTINGS", short)
 
 
-@pytest.mark.usefixtures("short_settings")
-@pytest.mark.parametrize("dataset", ["digits", "fashion-mnist"])
-def test_quickstart(dataset, tmp_path, fashion_dir, capsys):
-    runs = tmp_path / "runs"
-    quickstart.main(quickstart.Config(dataset=dataset, data_dir=fashion_dir, runs_dir=runs))
-    (path,) = runs.iterdir()
+def without_times(records):
+    """Records but for what a clock measured."""
+    drop = lambda record: {key: value for key, value in record.items() if key != "seconds"}
+    return {key: drop(record) for key, record in records.by_key.items()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole tiny study, and its folder."""
+    path = tmp_path_factory.mktemp("study")
+    parts = []
+    made = study.run(TINY, path, lambda what, part: parts.append(part))
+    return made, path, sum(parts)
+
+
+def test_a_study_reports_everything_it_should(finished):
+    made, path, work = finished
+    assert work == pytest.approx(study.amount_of_work(TINY))
+    study_report.write_report("Tiny", path, made, 1.0)
+    runs = report.read_csv(path / "runs.csv")
+    names = {*TINY.methods, "Original", "Retrain", "constant at EUPMU lagged (log)"}
+    assert set(runs["method"]) == names
+    assert len(runs) == 2 * len(names)
+    of_retrain = runs[runs["method"] == "Retrain"]
+    assert np.all(of_retrain["gap"] == 0)
+    assert np.all(of_retrain["ToW"] == 1)
+    np.testing.assert_allclose(of_retrain[["KL forget", "KL retain", "KL test"]], 0, atol=1e-12)
+    for name in ("UA", "RA", "TA", "MIA", "MIA entropy", "worst class"):
+        assert np.all(runs[name].between(0, 100)), name
+    trials = report.read_csv(path / "trials.csv")
+    assert np.all(trials.groupby(["task", "method"]).size() == TINY.trials)
+    chosen = trials[trials["chosen"]]
+    assert len(chosen) == 2 * len(TINY.methods)
+    assert np.all(chosen["score"].to_numpy() == trials.groupby(["task", "method"], sort=False)["score"].min())
+    origin = json.loads((path / "runs.csv").read_text().splitlines()[0].removeprefix("# "))
+    assert origin["config"]["training"]["epochs"] == RECIPE.epochs
+    assert {"versions", "device", "commit", "date", "steps", "sizes"} <= origin.keys()
+    page = (path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 6
+    assert "http" not in page.replace("data:image", ""), "it is read offline"
+    for text in (page, (path / "tables.md").read_text()):
+        for word in ("U-LiRA", "Relearning", "Hypervolume", "fixed point", "gradients per step", "versions"):
+            assert word in text
+
+
+def test_the_likelihood_ratio_attack_knows_original_from_retrain(finished):
+    _, path, _ = finished
+    found = {
+        record["key"][2]: record for record in bench.Records(path / "records.jsonl").of("likelihood ratio")
+    }
+    assert list(found) == ["Original", "Retrain", *TINY.methods]
+    assert found["Original"]["auc"] > found["Retrain"]["auc"]
+    assert abs(found["Retrain"]["auc"] - 0.5) < 0.25  # three shadows, 30 examples
+
+
+def test_gradient_evaluations(finished):
+    made, _, _ = finished
+    gradients = lambda method: scores.step_cost(made, method)["gradients"]
+    assert gradients("fine-tuning") == pytest.approx(0.5, abs=0.05)
+    assert gradients("random labels") == pytest.approx(1, abs=0.05)
+    assert 1.1 < gradients("EUPMU lookahead") < 1.4
+    assert gradients("FAMO") > gradients("EUPMU lookahead")
+
+
+def test_an_interrupted_study_ends_like_an_uninterrupted_one(finished, tmp_path):
+    _, whole, _ = finished
+
+    def stop_in_the_middle(what, part):
+        if what.startswith("random:0.1: SalUn"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study.run(TINY, tmp_path, stop_in_the_middle)
+    path = tmp_path / "records.jsonl"
+    half = path.read_text()
+    assert 0 < len(half.splitlines()) < len((whole / "records.jsonl").read_text().splitlines())
+    path.write_text(half + '{"key": ["ru')
+    study.run(TINY, tmp_path, lambda what, part: None)
+    resumed, expected = (without_times(bench.Records(p / "records.jsonl")) for p in (tmp_path, whole))
+    assert resumed.keys() == expected.keys()
+    for key, record in expected.items():
+        if key[0] != "cost":
+            names = [name for name, value in record.items() if isinstance(value, float)]
+            assert_trees_close([resumed[key][n] for n in names], [record[n] for n in names], rtol=1e-6)
+    assert path.read_text().startswith(half), "nothing was done twice"
+
+
+def test_configs_survive_json():
+    for config in CONFIGS.values():
+        values = json.loads(json.dumps(report.plain(dataclasses.asdict(config))))
+        assert classification.restored(values) == config
+
+
+def test_command_line(tmp_path):
+    config, name, path = classification.chosen(["--smoke", "--trials", "3", "--training.epochs", "5"])
+    assert (config.trials, config.training.epochs, name, path) == (3, 5, "smoke", None)
+    assert classification.chosen(["--config", "cifar100"])[0] == CONFIGS["cifar100"]
+    with pytest.raises(ValueError, match="leave out --trials 3"):
+        classification.chosen(["--resume", str(tmp_path), "--trials", "3"])
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        classification.chosen(["--resume", str(tmp_path)])
+
+
+def test_help_teaches():
+    command = [sys.executable, "-m", "experiments.classification", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    for word in ("--resume", "fashion-mnist", "cifar10", "--smoke", "memorised:SHARE", "--trials"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "cifar10"], "--data-dir"),
+        (["--smoke", "--tasks", "class:99"], "class:99"),
+        (["--smoke", "--train-size", "100000"], "train_size"),
+    ],
+)
+def test_a_command_that_cannot_work_says_so(arguments, message, tmp_path):
+    with pytest.raises((ValueError, OSError), match=message):
+        classification.main([*arguments, "--runs-dir", str(tmp_path), "--training.epochs", "1"])
+
+
+def test_quickstart(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(CONFIGS, "digits", dataclasses.replace(TINY, shadows=0))
+    quickstart.main(quickstart.Config(runs_dir=tmp_path))
+    (path,) = tmp_path.iterdir()
     printed = capsys.readouterr().out
     assert path.name in printed.replace("\n", "")
-    assert ("hardly forgets" in printed.replace("\n", " ")) == (dataset == "digits")
-    results = json.loads((path / "results.json").read_text())
-    assert results["config"]["seed"] == 0
-    assert {"versions", "device", "commit", "date", "seconds"} <= results.keys()
-    assert len(results["tasks"]) == 2
-    for task in results["tasks"].values():
-        assert list(task["methods"])[:2] == ["Original", "Retrain"]
-        assert len(task["methods"]) == 8
-        assert task["methods"]["Retrain"]["gap"] == 0
-        for row in task["methods"].values():
-            assert all(0 <= row[name] <= 100 for name in ("UA", "RA", "TA", "MIA"))
-    rows = list(csv.DictReader((path / "results.csv").read_text().splitlines()))
-    assert len(rows) == 16
-    for picture in ("histories.png", "trade_off.png"):
-        assert (path / picture).read_bytes()[:4] == b"\x89PNG"
-
-
-def test_what_is_not_finite_is_written_as_such(tmp_path):
-    names = ("UA", "RA", "TA", "MIA", "gap", "seconds", "forget_loss", "retain_loss")
-    row = dict.fromkeys(names, float("nan"))
-    report.write_results(tmp_path, {"tasks": {"task": {"methods": {"method": row}}}})
-    written = json.loads((tmp_path / "results.json").read_text())
-    assert written["tasks"]["task"]["methods"]["method"]["UA"] is None
-    assert "nan" in (tmp_path / "results.csv").read_text()
+    runs = report.read_csv(path / "runs.csv")
+    assert list(runs["method"].unique()) == ["Retrain", "Original", *quickstart.entries(quickstart.Config())]
+    assert set(runs["task"]) == {"class:3", "random:0.1"}
+    for file in ("report.html", "tables.md", "front.png", "histories.png", "classes.png", "costs.png"):
+        assert (path / file).stat().st_size > 1000

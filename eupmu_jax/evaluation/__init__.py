@@ -1,11 +1,15 @@
-"""What an unlearned classifier is judged by, from predicted probabilities and labels."""
+"""What unlearning is judged by: predictions, attacks, and the cost of a step."""
 
+from eupmu_jax.evaluation.cost import step_cost
+from eupmu_jax.evaluation.likelihood_ratio import likelihood_ratio_attack, logit_confidence
 from eupmu_jax.evaluation.membership import membership_attack, membership_features
+from eupmu_jax.evaluation.relearning import relearning_curve
 from eupmu_jax.evaluation.scores import (
     accuracy,
     average_gap,
     classification_scores,
     kl_divergence,
+    over_forgetting,
     tug_of_war,
 )
 
@@ -14,7 +18,12 @@ __all__ = [
     "average_gap",
     "classification_scores",
     "kl_divergence",
+    "likelihood_ratio_attack",
+    "logit_confidence",
     "membership_attack",
     "membership_features",
+    "over_forgetting",
+    "relearning_curve",
+    "step_cost",
     "tug_of_war",
 ]

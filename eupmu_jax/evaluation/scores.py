@@ -134,6 +134,43 @@ def tug_of_war(scores: Mapping[str, float], retrain: Mapping[str, float]) -> flo
     return float(np.prod([1 - abs(scores[name] - retrain[name]) / 100 for name in ("UA", "RA", "TA")]))
 
 
+def over_forgetting(scores: Mapping[str, float], retrain: Mapping[str, float], margin: float = 5.0) -> bool:
+    r"""Whether forgetting went so far beyond Retrain that it marks the forget set.
+
+    .. math:: \exists \, s \in \{UA, MIA\}: \quad a_s - a_s^{\text{Retrain}} > \text{margin}
+
+    A model that errs on the forget set more than one that never saw it tells an attacker which
+    examples were deleted (the Streisand effect). False is better, Retrain scores False, and so does a
+    model that has forgotten too little: read it beside `average_gap`, not in its place.
+
+    Args:
+      scores, retrain: percentages by name, as from `classification_scores`.
+      margin: points above Retrain that pass for noise, above the spread of its seeds.
+
+    Returns:
+      True or False.
+
+    Raises:
+      KeyError: a name that is missing.
+      ValueError: a score that is NaN, as after divergence: that is no sign of moderation.
+
+    Example:
+      >>> from eupmu_jax.evaluation import over_forgetting
+      >>> retrain = {"UA": 5.0, "MIA": 12.0}
+      >>> over_forgetting({"UA": 7.0, "MIA": 37.0}, retrain)
+      True
+      >>> over_forgetting({"UA": 3.0, "MIA": 14.0}, retrain)
+      False
+
+    Source: ours; the effect after Golatkar et al., arXiv 1911.04933.
+    """
+    beyond = {name: scores[name] - retrain[name] for name in ("UA", "MIA")}
+    for name, points in beyond.items():
+        if np.isnan(points):
+            raise ValueError(f"{name} must not be NaN, got {scores[name]} and Retrain's {retrain[name]}")
+    return any(points > margin for points in beyond.values())
+
+
 def kl_divergence(reference: Any, probabilities: Any) -> float:
     r"""Mean Kullback-Leibler divergence of a model's predictions from a reference's, in nats.
 

@@ -1,0 +1,111 @@
+"""What a study works with: data, classifier, compiled methods, and the records of what is done."""
+
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import images
+from experiments.classification.configs import Config
+from experiments.classifier import MODELS, Classifier, Trainer, calibration, make_classifier, make_trainer
+from experiments.forget_sets import Task, wrong_labels
+from experiments.peers import Peer
+from experiments.unlearning import Run, Unlearner, make_plan, make_unlearn, make_unlearner, number_of_steps
+
+
+class Bench(NamedTuple):
+    """What all tasks and methods share; `train` is the training set on the device."""
+
+    config: Config
+    peers: Mapping[str, Peer]
+    data: images.Data
+    train: images.Examples
+    wrong: jax.Array
+    classifier: Classifier
+    trainer: Trainer
+    steps: int
+    unlearner: Callable[[str], Unlearner]
+    unlearn: Callable[..., Run]
+    predict: Callable[..., "Outputs"]
+
+
+class Outputs(NamedTuple):
+    """Probabilities [n, classes] of one model on the three parts of the data."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def make_bench(config: Config, peers: Mapping[str, Peer]) -> Bench:
+    pools = images.load(config.dataset, config.data_dir)
+    data = images.partition(
+        *pools,
+        train_size=config.train_size,
+        validation_size=config.validation_size,
+        test_size=config.test_size,
+        seed=config.data_seed,
+    )
+    classes = images.count_classes(*pools)
+    classifier = make_classifier(MODELS[config.model](classes))
+    on_device = images.Data(*(images.Examples(*map(jnp.asarray, part)) for part in data))
+
+    @cache
+    def unlearner(method):
+        settings = {"weight_decay": config.weight_decay, "augmented": config.training.augmented}
+        return make_unlearner(peers[method], classifier.apply, **settings)
+
+    @cache
+    def compiled(method):
+        return make_unlearn(unlearner(method))
+
+    wrong = jnp.asarray(wrong_labels(data.train.y, classes, config.data_seed))
+
+    def unlearn(method, knobs, params, task: Task, seed: int, report=lambda part: None):
+        plan = make_plan(task.forget, task.retain, steps=steps, batch_size=config.batch_size, seed=seed)
+        return compiled(method)(knobs, params, on_device.train, wrong, plan, seed, report)
+
+    @jax.jit
+    def predict_all(params, batches, parts):
+        return jax.tree.map(lambda x: classifier.predict(params, batches, x), parts)
+
+    def predict(params, retain):
+        parts = Outputs(*(part.x for part in on_device))
+        return jax.device_get(predict_all(params, calibration(on_device.train, retain), parts))
+
+    trainer = make_trainer(classifier, config.training)
+    steps = number_of_steps(config.unlearning_epochs, data.train.size, config.batch_size)
+    models = (classifier, trainer, steps, unlearner, unlearn, predict)
+    return Bench(config, peers, data, on_device.train, wrong, *models)
+
+
+class Records:
+    """The finished pieces of a study, kept in a file of JSON lines from which it resumes."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.by_key: dict[tuple, dict[str, Any]] = {}
+        if path.exists():
+            whole = path.read_text().split("\n")
+            if whole[-1]:  # half a line, of a run that was killed
+                path.write_text("".join(f"{line}\n" for line in whole[:-1]))
+            for line in whole[:-1]:
+                record = json.loads(line)
+                self.by_key[tuple(record["key"])] = record
+
+    def get(self, key: tuple, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The record of that key, made and written now if there is none yet."""
+        if key not in self.by_key:
+            record = {"key": key} | make()
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            self.by_key[key] = record
+        return self.by_key[key]
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [record for key, record in self.by_key.items() if key[0] == kind]

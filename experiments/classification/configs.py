@@ -1,0 +1,150 @@
+"""The configurations of the classification study, by name."""
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+from experiments.classifier import Recipe
+from experiments.peers import PEERS
+
+Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "svhn", "image-folder"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that a study depends on."""
+
+    dataset: Dataset
+    """digits come with scikit-learn, Fashion-MNIST with Debian's dataset-fashion-mnist; the others
+    are read from --data-dir in their standard files."""
+
+    model: Literal["mlp", "resnet18"]
+    """The classifier; its number of classes comes from the data."""
+
+    training: Recipe
+    """How the original, the retrained and the shadow models are trained."""
+
+    tasks: tuple[str, ...]
+    """What to forget: class:LABEL, subclass:LABEL (the largest of three clusters of a class),
+    random:SHARE, memorised:SHARE (what the model knows only because it was trained on it)."""
+
+    data_dir: pathlib.Path | None = None
+    """Folder of the data set's files."""
+
+    train_size: int | None = None
+    """Training images, at random; None for all but the validation images."""
+
+    validation_size: int = 360
+    """Images of the training pool kept out of training, by which knobs are tuned."""
+
+    test_size: int | None = None
+    """Test images, at random; None for all. Only reports see them."""
+
+    methods: tuple[str, ...] = tuple(PEERS)
+    """Which methods; Original and Retrain are always shown."""
+
+    unlearning_epochs: int = 5
+    """Passes over as many examples as the training set has, for every method and task."""
+
+    batch_size: int = 64
+    """Forget examples in each unlearning step, and as many retain examples."""
+
+    weight_decay: float = 0.0
+    """Of every method's SGD with momentum 0.9."""
+
+    trials: int = 16
+    """Settings tried for each method and task: its learning rate and its own knobs, log-uniform."""
+
+    data_seed: int = 0
+    """Of the partition of the data, the forget sets and the wrong labels."""
+
+    training_seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the trained models."""
+
+    tuning_seed: int = 100
+    """Of the trials' settings and the batches in them; trials start from the first training seed."""
+
+    unlearning_seeds: tuple[int, ...] = (200, 201)
+    """Of the batches in the reported runs."""
+
+    evaluation_seed: int = 300
+    """Of the shadow models and the relearning attack."""
+
+    shadows: int = 8
+    """Pairs of shadow models in the likelihood-ratio attack on the first random:SHARE task; 0 for none."""
+
+    relearning_steps: int = 100
+    """Steps of fine-tuning in each relearning attack; a multiple of ten."""
+
+    relearning_rate: float = 0.01
+    """Its learning rate, SGD with momentum 0.9."""
+
+    relearning_examples: int = 20
+    """Forget examples that the second relearning attack is given."""
+
+    runs_dir: pathlib.Path = pathlib.Path("runs")
+    """Where the run's folder is made."""
+
+
+# ResNet-18's recipe, published settings: 182 epochs, rate 0.1 divided by 10 after 91 and 136 epochs,
+# batches of 256, SGD with momentum 0.9 and weight decay 5e-4, 45,000 training images.
+PUBLISHED = Recipe(
+    epochs=182,
+    batch_size=256,
+    optimizer="sgd",
+    learning_rate=0.1,
+    weight_decay=5e-4,
+    drops=(0.5, 0.75),
+    augmented=True,
+)
+
+FASHION_MNIST = Config(
+    dataset="fashion-mnist",
+    model="mlp",
+    training=Recipe(epochs=30, batch_size=64, optimizer="adam", learning_rate=1e-3),
+    tasks=("class:6", "subclass:6", "random:0.1", "random:0.5", "memorised:0.1"),
+    train_size=6000,
+    validation_size=2000,
+    test_size=2000,
+    shadows=16,
+)
+
+DIGITS = Config(
+    dataset="digits",
+    model="mlp",
+    training=Recipe(epochs=40, batch_size=64, optimizer="adam", learning_rate=1e-3),
+    tasks=("class:3", "subclass:3", "random:0.1", "random:0.5", "memorised:0.1"),
+)
+
+CIFAR10 = Config(
+    dataset="cifar10",
+    model="resnet18",
+    training=PUBLISHED,
+    tasks=("class:0", "subclass:0", "random:0.1", "random:0.5", "memorised:0.1"),
+    validation_size=5000,
+    batch_size=256,
+    weight_decay=5e-4,
+)
+
+CONFIGS = {
+    "smoke": dataclasses.replace(
+        DIGITS,
+        training=dataclasses.replace(DIGITS.training, epochs=10),
+        tasks=("class:3", "random:0.1"),
+        unlearning_epochs=1,
+        trials=2,
+        training_seeds=(0,),
+        unlearning_seeds=(200,),
+        shadows=4,
+        relearning_steps=20,
+    ),
+    "digits": DIGITS,
+    "fashion-mnist": FASHION_MNIST,
+    "cifar10": CIFAR10,
+    "cifar100": dataclasses.replace(CIFAR10, dataset="cifar100"),
+    "svhn": dataclasses.replace(
+        CIFAR10, dataset="svhn", training=dataclasses.replace(PUBLISHED, augmented=False)
+    ),
+    "image-folder": dataclasses.replace(CIFAR10, dataset="image-folder"),
+}
+"""Smoke checks every method on digits in two minutes; cifar10 is the full-size published recipe."""

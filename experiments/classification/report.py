@@ -1,0 +1,187 @@
+"""What a finished classification study shows: frames of its records, tables, and pictures."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.classification.bench import Bench, Records
+from experiments.classification.plots import (
+    hypervolume,
+    plot_classes,
+    plot_costs,
+    plot_front,
+    plot_histories,
+    plot_relearning,
+)
+from experiments.report import (
+    Frame,
+    Section,
+    mean_and_std,
+    provenance,
+    styles,
+    write_csv,
+    write_markdown,
+    write_page,
+)
+
+MAIN = {"UA": 1, "RA": 1, "TA": 1, "MIA": 1, "gap": 2, "ToW": 3, "over-forgets": 2, "worst class": 1}
+MORE = {f"MIA {name}": 1 for name in ("correctness", "entropy", "modified_entropy", "probability")}
+MORE |= {"MIA auc": 3, "KL forget": 3, "KL retain": 3, "KL test": 3}
+CONSTANT = "constant at "
+
+LEGEND = (
+    "UA = 100 - forget accuracy; RA, TA = retain and test accuracy; MIA = share of the forget set that an "
+    "attack takes for non-members; gap = mean distance to Retrain in these four, in points; ToW = product "
+    "of (1 - distance) of UA, RA and TA; over-forgets = share of runs with UA or MIA more than 5 points "
+    "beyond Retrain; worst class = lowest test accuracy of a class that is not forgotten. Nearer to Retrain "
+    "is better, higher is not. Mean ± standard deviation over training and unlearning seeds."
+)
+
+
+def runs_frame(records: Records) -> Frame:
+    """One row for each reported run."""
+    rows = []
+    for record in records.of("run"):
+        _, task, method, training_seed, unlearning_seed = record["key"]
+        scalars = {name: value for name, value in record.items() if isinstance(value, float | int)}
+        classes = list(record.get("per_class", []))
+        if task.startswith("class:") and classes:
+            del classes[int(task.split(":")[1])]
+        keys = {"task": task, "method": method}
+        seeds = {"training_seed": training_seed, "unlearning_seed": unlearning_seed}
+        rows.append(keys | seeds | scalars | {"worst class": min(classes, default=np.nan)})
+    return pd.DataFrame(rows)
+
+
+def trials_frame(records: Records) -> Frame:
+    """One row for each setting tried; `chosen` marks the best of a method and task."""
+    rows = []
+    for record in records.of("trial"):
+        _, task, method, number = record["key"]
+        knobs = {f"knob {name}": value for name, value in record["knobs"].items()}
+        scores = {name: record[name] for name in ("UA", "RA", "VA", "TA", "score", "late_multiplier")}
+        rows.append({"task": task, "method": method, "trial": number} | knobs | scores)
+    frame = pd.DataFrame(rows)
+    if len(frame):
+        best = frame.groupby(["task", "method"])["score"].idxmin()
+        frame["chosen"] = frame.index.isin(list(best))
+    return frame
+
+
+def write_report(title: str, path: pathlib.Path, bench: Bench, seconds: float) -> dict[str, Frame]:
+    """All files of a finished study but its records; returns the main table of each task."""
+    records = Records(path / "records.jsonl")
+    runs, trials = runs_frame(records), trials_frame(records)
+    sizes = {part: examples.size for part, examples in bench.data._asdict().items()}
+    origin = provenance(bench.config) | {
+        "steps": bench.steps,
+        "forget and retain examples per step": bench.config.batch_size,
+        "sizes": sizes,
+        "seconds of the last session": round(seconds, 1),
+    }
+    write_csv(path / "runs.csv", runs.drop(columns=["diverged"]), origin)
+    if len(trials):
+        write_csv(path / "trials.csv", trials, origin)
+
+    methods = [method for method in runs["method"].unique() if not method.startswith(CONSTANT)]
+    looks = styles(methods)
+    main = {task: part[part["method"].isin(methods)] for task, part in runs.groupby("task", sort=False)}
+    tables = {task: mean_and_std(part, MAIN) for task, part in main.items()}
+    sections = [
+        Section(f"Forget {task}", table, *([LEGEND] if not i else []))
+        for i, (task, table) in enumerate(tables.items())
+    ]
+    sections += pictures(path, runs, trials, records, looks)
+    sections += [Section(f"More of {task}", mean_and_std(part, MORE)) for task, part in main.items()]
+    sections += attack_and_cost(path, runs, records, looks)
+    if any(runs["method"].str.startswith(CONSTANT)):
+        sections.append(fixed_points(runs))
+    write_markdown(path / "tables.md", title, sections, origin)
+    write_page(path / "report.html", title, sections, origin)
+    return tables
+
+
+def pictures(path, runs, trials, records: Records, looks) -> list[Section]:
+    plot_front(path / "front.png", runs, trials, looks, "RA", "retain accuracy")
+    plot_front(path / "front_test.png", runs, trials, looks, "TA", "test accuracy")
+    plot_histories(path / "histories.png", records, looks)
+    plot_relearning(path / "relearning.png", records, looks)
+    parts: list[Any] = ["front.png", "front_test.png"]
+    note = "Small marks: the settings tried, on one seed, with a line along their front. Large: the tuned "
+    parts.append(note + "methods over all seeds. Beyond Retrain's star to the right is over-forgotten.")
+    if len(trials):
+        volume = lambda part, y: hypervolume(part[["UA", y]].to_numpy())
+        groups = trials.groupby(["method", "task"], sort=False)
+        volumes = groups.apply(lambda part: f"{volume(part, 'RA'):.3f} / {volume(part, 'TA'):.3f}")
+        columns = trials["task"].unique()
+        parts += [
+            "Hypervolume by retain / test accuracy: the share of the square that a front dominates.",
+            volumes.unstack("task").loc[trials["method"].unique(), columns].rename_axis(columns=None),
+        ]
+    sections = [
+        Section("Utility against forgetting", *parts),
+        Section("Losses and multiplier", "histories.png"),
+    ]
+    classes = [task for task in runs["task"].unique() if "class:" in task]
+    if classes:
+        plot_classes(path / "classes.png", runs, records, classes, looks)
+        text = "Test accuracy of each class, less Retrain's, for the methods nearest to Retrain."
+        sections.append(Section("Classes", text, "classes.png"))
+    text = "Forget accuracy along fine-tuning; a method passes where it rises no faster than Retrain's."
+    return [*sections, Section("Relearning", text, "relearning.png")]
+
+
+def attack_and_cost(path, runs, records: Records, looks) -> list[Section]:
+    sections = []
+    attacked = records.of("likelihood ratio")
+    if attacked:
+        rows = {
+            record["key"][2]: {
+                name: "-" if record.get("diverged") else f"{record[name]:.{3 if name == 'auc' else 1}f}"
+                for name in ("auc", "accuracy", "tpr_at_1_fpr", "worst_tenth")
+            }
+            for record in attacked
+        }
+        text = (
+            f"Forget {attacked[0]['key'][1]}: how well shadow models tell the unlearned from the retrained. "
+            "Retrain's auc is .5, its accuracy 50% and its true positives 1% but for chance; worst_tenth is "
+            "the accuracy on the tenth of the examples that are told best."
+        )
+        sections.append(Section("Likelihood-ratio attack (U-LiRA)", text, pd.DataFrame(rows).T))
+    costs = pd.DataFrame({record["key"][1]: record for record in records.of("cost")}).T
+    if len(costs):
+        costs = costs.drop(columns="key").astype(float)
+        retraining = runs.loc[runs["method"] == "Retrain", "seconds"].min()
+        plot_costs(path / "costs.png", costs, looks)
+        shown = pd.DataFrame(
+            {
+                "seconds": costs["seconds"].map("{:.2f}".format),
+                "gradients per step": costs["gradients"].map("{:.2f}".format),
+                "gradients": costs["total"].map("{:.0f}".format),
+                "peak MB": (costs["peak_bytes"] / 1e6).map("{:.2f}".format),
+            }
+        )
+        text = (
+            "Time of a run on the first task without compilation, best of three; FLOPs of one step over "
+            "those of one gradient of the two losses on its batch, and the same of the whole run; peak "
+            f"memory of a step's own buffers. Retraining took {retraining:.2f} s."
+        )
+        sections.append(Section("Cost", text, shown, "costs.png"))
+    return sections
+
+
+def fixed_points(runs: Frame) -> Section:
+    """EUPMU beside the constant weight that its multiplier settled at, at the same learning rate."""
+    means = runs.pivot_table(index="method", columns="task", values="gap", sort=False)
+    rows = {}
+    for method in means.index[means.index.str.startswith(CONSTANT)]:
+        of_eupmu, of_constant = means.loc[method.removeprefix(CONSTANT)], means.loc[method]
+        cells = [f"{a:.2f} / {b:.2f}" for a, b in zip(of_eupmu, of_constant, strict=True)]
+        rows[method.removeprefix(CONSTANT)] = dict(zip(means.columns, cells, strict=True))
+    text = (
+        "Gap of EUPMU / of the constant weight that equals its mean multiplier in the second half of the "
+        "tuned trial, in the same space, at the same learning rate. Lower is better."
+    )
+    return Section("EUPMU against its own fixed point", text, pd.DataFrame(rows).T)

@@ -1,0 +1,93 @@
+"""What is measured of one model, and of one step of a method."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eupmu_jax import evaluation
+from experiments.classification.bench import Bench, Outputs
+from experiments.forget_sets import Task
+from experiments.images import Examples
+from experiments.peers import Batch
+from experiments.peers.method import random_label_losses
+
+
+def accuracies(bench: Bench, task: Task, outputs: Outputs) -> dict[str, float]:
+    """UA, RA and TA, and VA on the validation set; NaN for what is not finite."""
+    train, validation, test = bench.data
+    kept_validation, kept_test = task.judged_on(validation), task.judged_on(test)
+    pairs = {
+        "UA": (outputs.train[task.forget], train.y[task.forget]),
+        "RA": (outputs.train[task.retain], train.y[task.retain]),
+        "VA": (outputs.validation[kept_validation], validation.y[kept_validation]),
+        "TA": (outputs.test[kept_test], test.y[kept_test]),
+    }
+    if not all(np.all(np.isfinite(probabilities)) for probabilities, _ in pairs.values()):
+        return dict.fromkeys(pairs, float("nan"))
+    scores = {name: evaluation.accuracy(*pair) for name, pair in pairs.items()}
+    return scores | {"UA": 100 - scores["UA"]}
+
+
+def full_scores(bench: Bench, task: Task, outputs: Outputs, retrain: Outputs) -> dict[str, Any]:
+    """Everything that is reported of one model, beside what it cost."""
+    train, _, test = bench.data
+    kept = task.judged_on(test)
+    parts = {
+        "forget": (outputs.train[task.forget], train.y[task.forget], retrain.train[task.forget]),
+        "retain": (outputs.train[task.retain], train.y[task.retain], retrain.train[task.retain]),
+        "test": (outputs.test[kept], test.y[kept], retrain.test[kept]),
+    }
+    scores = accuracies(bench, task, outputs)
+    if not np.isfinite(scores["UA"]):
+        return scores | {"diverged": True}
+    attack = evaluation.membership_attack(*((p, y) for p, y, _ in parts.values()))
+    divergences = {f"KL {name}": evaluation.kl_divergence(q, p) for name, (p, _, q) in parts.items()}
+    of_class = lambda label: evaluation.accuracy(outputs.test[test.y == label], test.y[test.y == label])
+    return {
+        **scores,
+        "MIA": attack.pop("confidence"),
+        **{f"MIA {name}": value for name, value in attack.items()},
+        **divergences,
+        "per_class": [of_class(label) for label in np.unique(test.y)],
+        "diverged": False,
+    }
+
+
+def against_retrain(scores: dict[str, Any], retrain: dict[str, Any]) -> dict[str, Any]:
+    """The figures that compare with Retrain of the same training seed."""
+    if scores["diverged"]:
+        return {"gap": float("nan"), "ToW": float("nan"), "over-forgets": False}
+    return {
+        "gap": evaluation.average_gap(scores, retrain),
+        "ToW": evaluation.tug_of_war(scores, retrain),
+        "over-forgets": evaluation.over_forgetting(scores, retrain),
+    }
+
+
+def step_cost(bench: Bench, method: str) -> dict[str, float]:
+    """One step's cost, and how many gradients of both losses on one batch it and the run amount to."""
+    size, train = bench.config.batch_size, bench.train
+    shape = lambda *leading: Examples(
+        *(jax.ShapeDtypeStruct((*leading, *part.shape[1:]), part.dtype) for part in train)
+    )
+    batch = lambda *leading: Batch(
+        shape(*leading),
+        shape(*leading).y,
+        shape(*leading),
+        jax.ShapeDtypeStruct(leading[:-1], jnp.float32),
+    )
+    knobs = dict.fromkeys(
+        ("learning_rate", *bench.peers[method].knobs), jax.ShapeDtypeStruct((), jnp.float32)
+    )
+    params = jax.eval_shape(bench.classifier.init, jax.random.key(0), train.x[:1])
+    unlearner = bench.unlearner(method)
+    state = jax.eval_shape(
+        lambda *args: unlearner.method(args[0]).init(*args[1:]), knobs, params, batch(1, size)
+    )
+    step = jax.jit(lambda knobs, *args: unlearner.method(knobs).step(*args), donate_argnums=(1, 2))
+    costs = evaluation.step_cost(step, knobs, params, state, batch(size))
+    both = lambda params, batch: sum(random_label_losses(bench.classifier.apply)(params, batch))
+    gradients = costs["flops"] / evaluation.step_cost(jax.grad(both), params, batch(size))["flops"]
+    return costs | {"gradients": gradients, "total": gradients * bench.steps}

@@ -1,0 +1,66 @@
+"""The methods that are compared: how to make each, and what to tune in it."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import NamedTuple
+
+from experiments.peers.eupmu import eupmu
+from experiments.peers.exact_surgery import exact_surgery
+from experiments.peers.famo import random_label_famo
+from experiments.peers.fine_tuning import fine_tuning
+from experiments.peers.gdr_gma import gdr_gma
+from experiments.peers.gradient_ascent import gradient_ascent
+from experiments.peers.l1_sparse import l1_sparse
+from experiments.peers.method import Batch, Method
+from experiments.peers.neggrad_plus import neggrad_plus
+from experiments.peers.ngdiff import ngdiff
+from experiments.peers.pcgrad import pcgrad
+from experiments.peers.pdu import pdu
+from experiments.peers.random_labels import random_labels
+from experiments.peers.salun import salun
+from experiments.peers.scrub import scrub
+
+__all__ = ["PEERS", "Batch", "Method", "Peer"]
+
+Range = tuple[float, float]
+
+
+class Peer(NamedTuple):
+    """make(apply, optimizer, **knobs) -> Method, and the range [low, high] of each knob's logarithm.
+
+    Every peer has a learning rate; `knobs` are the others.
+    """
+
+    make: Callable[..., Method]
+    learning_rate: Range = (1e-3, 1e-1)
+    knobs: Mapping[str, Range] = MappingProxyType({})
+
+
+def _eupmu(measure: str, log_losses: bool, demand: Range) -> Peer:
+    return Peer(partial(eupmu, measure=measure, log_losses=log_losses), knobs={"demand": demand})
+
+
+PEERS: dict[str, Peer] = {
+    "fine-tuning": Peer(fine_tuning),
+    "gradient ascent": Peer(gradient_ascent, (1e-6, 1e-3)),
+    "NegGrad+": Peer(neggrad_plus, knobs={"ascent": (1e-3, 0.3)}),
+    "random labels": Peer(random_labels, knobs={"weight": (0.5, 50)}),
+    "random labels (log)": Peer(partial(random_labels, log_losses=True), knobs={"weight": (0.05, 5)}),
+    "SalUn": Peer(salun, knobs={"weight": (0.5, 50)}),
+    "l1-sparse": Peer(l1_sparse, knobs={"penalty": (1e-5, 1e-2)}),
+    "SCRUB": Peer(scrub, (1e-4, 1e-2), {"ascent_share": (0.02, 0.5)}),
+    "FAMO": Peer(random_label_famo, knobs={"weight_rate": (3e-3, 0.3)}),
+    "GDR-GMA": Peer(gdr_gma, (1e-5, 1e-2), {"target": (0.02, 0.5)}),
+    "PCGrad": Peer(pcgrad, (3e-4, 3e-2)),
+    "exact surgery": Peer(exact_surgery, knobs={"demand": (0.1, 10)}),
+    "PDU": Peer(pdu, (3e-4, 3e-2), {"bound": (1e-2, 0.5), "dual_rate": (1e-2, 1)}),
+    "NGDiff": Peer(ngdiff, (1e-5, 1e-2)),
+    "EUPMU lookahead": _eupmu("lookahead", False, (3e-3, 0.3)),
+    "EUPMU lagged": _eupmu("lagged", False, (3e-3, 0.3)),
+    "EUPMU directional": _eupmu("directional", False, (0.1, 10)),
+    "EUPMU lookahead (log)": _eupmu("lookahead", True, (1e-3, 0.1)),
+    "EUPMU lagged (log)": _eupmu("lagged", True, (1e-3, 0.1)),
+    "EUPMU directional (log)": _eupmu("directional", True, (0.1, 10)),
+}
+"""By display name, in the order of tables and plots."""

@@ -1,0 +1,22 @@
+"""Exact unilateral gradient surgery: the closed form that EUPMU approaches, from two gradients."""
+
+import optax
+
+import eupmu_jax as eu
+from experiments.peers.method import Apply, Method, descend, random_label_losses, record
+
+
+def exact_surgery(apply: Apply, optimizer: optax.GradientTransformation, *, demand) -> Method:
+    """Descends along g_f + lambda* g_r, the nearest to g_f that keeps <g_r, d> >= demand.
+
+    Source: arXiv 2510.22124; with demand 0 this is GRU, arXiv 2503.09117.
+    """
+    grads_fn = eu.forget_and_retain_grads(random_label_losses(apply))
+
+    def step(params, state, batch):
+        losses, forget_grads, retain_grads = grads_fn(params, batch)
+        direction, multiplier = eu.unilateral_projection(forget_grads, retain_grads, tolerance=-demand)
+        params, state = descend(optimizer, direction, state, params)
+        return params, state, record(*losses, multiplier)
+
+    return Method(lambda params, batches: optimizer.init(params), step)

@@ -1,0 +1,65 @@
+"""SCRUB: a student that stays near the original on the retain set and leaves it on the forget set."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.peers.method import Apply, Method, cross_entropy, descend, record
+
+
+class ScrubState(NamedTuple):
+    """The teacher's parameters, the optimiser's state, and the number of steps taken."""
+
+    teacher: Any
+    optimizer_state: Any
+    taken: jax.Array
+
+
+def distillation(teacher_logits: jax.Array, logits: jax.Array, temperature: float) -> jax.Array:
+    """temperature^2 KL(teacher || student) of softened predictions, mean over the batch."""
+    teacher = jax.nn.log_softmax(teacher_logits / temperature)
+    student = jax.nn.log_softmax(logits / temperature)
+    return temperature**2 * jnp.mean(jnp.sum(jnp.exp(teacher) * (teacher - student), -1))
+
+
+def scrub(
+    apply: Apply,
+    optimizer: optax.GradientTransformation,
+    *,
+    ascent_share,
+    distillation_weight: float = 0.5,
+    temperature: float = 4.0,
+) -> Method:
+    """Alternates a step up in KL(teacher || student) on forget data with a step down on retain data.
+
+    The step down descends CE(retain) + distillation_weight KL(teacher || student). After
+    `ascent_share` of the run all steps go down. The teacher is the original model.
+
+    Source: Kurmanji et al., arXiv 2302.09880, algorithm 1; it alternates passes over the two sets,
+    we alternate batches, so that a forget set of any size gets the same number of steps.
+    """
+
+    def init(params, batches):
+        del batches
+        # Copies: the loop donates the parameters.
+        return ScrubState(jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros([], jnp.int32))
+
+    def up(params, teacher, batch):
+        distance = distillation(apply(teacher, batch.forget.x), apply(params, batch.forget.x), temperature)
+        return -distance, jnp.stack([-distance, jnp.nan])
+
+    def down(params, teacher, batch):
+        distance = distillation(apply(teacher, batch.retain.x), apply(params, batch.retain.x), temperature)
+        loss = cross_entropy(apply, params, *batch.retain)
+        return loss + distillation_weight * distance, jnp.stack([jnp.nan, loss])
+
+    def step(params, state, batch):
+        goes_up = (state.taken % 2 == 0) & (batch.progress < ascent_share)
+        gradient = lambda objective: jax.grad(objective, has_aux=True)
+        grads, seen = jax.lax.cond(goes_up, gradient(up), gradient(down), params, state.teacher, batch)
+        params, optimizer_state = descend(optimizer, grads, state.optimizer_state, params)
+        return params, ScrubState(state.teacher, optimizer_state, state.taken + 1), record(*seen)
+
+    return Method(init, step)
