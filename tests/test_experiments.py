@@ -257,12 +257,14 @@ def test_records_survive_being_killed(tmp_path):
 def test_front_and_hypervolume_by_hand():
     points = np.array([[10.0, 90.0], [50.0, 60.0], [40.0, 50.0], [90.0, 20.0], [50.0, 10.0]])
     np.testing.assert_array_equal(plots.front(points), [[90, 20], [50, 60], [10, 90]])
-    assert plots.hypervolume(points) == pytest.approx((90 * 20 + 50 * 40 + 10 * 30) / 1e4)
-    assert plots.hypervolume(np.array([[np.nan, 1.0]])) == 0
+    assert plots.hypervolume(points, 100) == pytest.approx((90 * 20 + 50 * 40 + 10 * 30) / 1e4)
+    assert plots.hypervolume(points, 60) == pytest.approx((60 * 20 + 50 * 40 + 10 * 30) / 6e3)
+    assert plots.hypervolume(np.array([[np.nan, 1.0]]), 100) == 0
+    assert plots.hypervolume(points, 0) == 0
     rng = np.random.default_rng(0)
-    points, samples = rng.uniform(0, 100, (20, 2)), rng.uniform(0, 100, (100_000, 2))
+    points, samples = rng.uniform(0, 100, (20, 2)), rng.uniform(0, 100, (100_000, 2)) * [0.7, 1]
     dominated = np.any(np.all(samples[:, None] <= points[None], -1), -1).mean()
-    assert plots.hypervolume(points) == pytest.approx(dominated, abs=0.01)
+    assert plots.hypervolume(points, 70) == pytest.approx(dominated, abs=0.01)
 
 
 def test_mean_and_std_over_seeds():
@@ -294,6 +296,10 @@ def without_times(records):
     return {key: drop(record) for key, record in records.by_key.items()}
 
 
+# The tests that use it share one worker, so that it is made once.
+of_one_study = pytest.mark.xdist_group("study")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A whole tiny study, and its folder."""
@@ -303,6 +309,7 @@ def finished(tmp_path_factory):
     return made, path, sum(parts)
 
 
+@of_one_study
 def test_a_study_reports_everything_it_should(finished):
     made, path, work = finished
     assert work == pytest.approx(study.amount_of_work(TINY))
@@ -333,6 +340,7 @@ def test_a_study_reports_everything_it_should(finished):
             assert word in text
 
 
+@of_one_study
 def test_the_likelihood_ratio_attack_knows_original_from_retrain(finished):
     _, path, _ = finished
     found = {
@@ -343,6 +351,7 @@ def test_the_likelihood_ratio_attack_knows_original_from_retrain(finished):
     assert abs(found["Retrain"]["auc"] - 0.5) < 0.25  # three shadows, 30 examples
 
 
+@of_one_study
 def test_gradient_evaluations(finished):
     made, _, _ = finished
     gradients = lambda method: scores.step_cost(made, method)["gradients"]
@@ -352,6 +361,7 @@ def test_gradient_evaluations(finished):
     assert gradients("FAMO") > gradients("EUPMU lookahead")
 
 
+@of_one_study
 def test_an_interrupted_study_ends_like_an_uninterrupted_one(finished, tmp_path):
     _, whole, _ = finished
 

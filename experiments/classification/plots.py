@@ -15,13 +15,16 @@ def front(points: np.ndarray) -> np.ndarray:
     return points[points[:, 1] > best_before]
 
 
-def hypervolume(points: np.ndarray) -> float:
-    """Area that the points [n, 2] dominate within [0, 100]^2, as a share of it; higher is better."""
+def hypervolume(points: np.ndarray, limit: float) -> float:
+    """Share of [0, limit] x [0, 100] that the points [n, 2] dominate; higher is better.
+
+    The first coordinate is a forget error and the limit Retrain's: what lies beyond earns nothing.
+    """
     points = points[np.all(np.isfinite(points), 1)]
-    if not len(points):
+    if not len(points) or limit <= 0:
         return 0.0
-    x, y = front(points).T
-    return float(np.sum(x * np.diff(y, prepend=0))) / 1e4
+    x, y = front(np.stack([np.minimum(points[:, 0], limit), points[:, 1]], 1)).T
+    return float(np.sum(x * np.diff(y, prepend=0))) / (100 * limit)
 
 
 def plot_front(path: pathlib.Path, runs: Frame, trials: Frame, looks, column: str, label: str) -> None:

@@ -16,6 +16,7 @@ from experiments.classification.plots import (
     plot_relearning,
 )
 from experiments.report import (
+    REFERENCES,
     Frame,
     Section,
     mean_and_std,
@@ -89,10 +90,8 @@ def write_report(title: str, path: pathlib.Path, bench: Bench, seconds: float) -
     looks = styles(methods)
     main = {task: part[part["method"].isin(methods)] for task, part in runs.groupby("task", sort=False)}
     tables = {task: mean_and_std(part, MAIN) for task, part in main.items()}
-    sections = [
-        Section(f"Forget {task}", table, *([LEGEND] if not i else []))
-        for i, (task, table) in enumerate(tables.items())
-    ]
+    sections = [overview(main), *(Section(f"Forget {task}", table) for task, table in tables.items())]
+    sections[1].append(LEGEND)
     sections += pictures(path, runs, trials, records, looks)
     sections += [Section(f"More of {task}", mean_and_std(part, MORE)) for task, part in main.items()]
     sections += attack_and_cost(path, runs, records, looks)
@@ -112,14 +111,7 @@ def pictures(path, runs, trials, records: Records, looks) -> list[Section]:
     note = "Small marks: the settings tried, on one seed, with a line along their front. Large: the tuned "
     parts.append(note + "methods over all seeds. Beyond Retrain's star to the right is over-forgotten.")
     if len(trials):
-        volume = lambda part, y: hypervolume(part[["UA", y]].to_numpy())
-        groups = trials.groupby(["method", "task"], sort=False)
-        volumes = groups.apply(lambda part: f"{volume(part, 'RA'):.3f} / {volume(part, 'TA'):.3f}")
-        columns = trials["task"].unique()
-        parts += [
-            "Hypervolume by retain / test accuracy: the share of the square that a front dominates.",
-            volumes.unstack("task").loc[trials["method"].unique(), columns].rename_axis(columns=None),
-        ]
+        parts += of_trials(runs, trials)
     sections = [
         Section("Utility against forgetting", *parts),
         Section("Losses and multiplier", "histories.png"),
@@ -131,6 +123,38 @@ def pictures(path, runs, trials, records: Records, looks) -> list[Section]:
         sections.append(Section("Classes", text, "classes.png"))
     text = "Forget accuracy along fine-tuning; a method passes where it rises no faster than Retrain's."
     return [*sections, Section("Relearning", text, "relearning.png")]
+
+
+def overview(main: dict[str, Frame]) -> Section:
+    """Each method's gap on every task, and its mean rank among the methods."""
+    gaps = {task: mean_and_std(part, {"gap": 2})["gap"] for task, part in main.items()}
+    means = pd.DataFrame({task: part.groupby("method")["gap"].mean() for task, part in main.items()})
+    ranks = means.drop(index=list(REFERENCES)).rank(na_option="bottom").mean(axis=1)
+    table = pd.DataFrame(gaps)
+    table["mean rank"] = [f"{ranks[method]:.1f}" if method in ranks else "-" for method in table.index]
+    text = "Gap: mean distance to Retrain in UA, RA, TA and MIA, in points; lower is better."
+    return Section("Overview", text, table)
+
+
+def of_trials(runs: Frame, trials: Frame) -> list[Any]:
+    """Tables of what each method's trials reach: their front, and the nearest to Retrain."""
+    first = runs[(runs["method"] == "Retrain") & (runs["training_seed"] == runs["training_seed"].iloc[0])]
+    retrain = first.set_index("task")
+    volumes, nearest = {}, {}
+    for (method, task), part in trials.groupby(["method", "task"], sort=False):
+        volume = [hypervolume(part[["UA", y]].to_numpy(), retrain.loc[task, "UA"]) for y in ("RA", "TA")]
+        volumes.setdefault(method, {})[task] = " / ".join(f"{share:.3f}" for share in volume)
+        distances = (part[["UA", "RA", "TA"]] - retrain.loc[task, ["UA", "RA", "TA"]].astype(float)).abs()
+        of_chosen = distances[part["chosen"]].mean(axis=1).iloc[0]
+        nearest.setdefault(method, {})[task] = f"{distances.mean(axis=1).min():.2f} / {of_chosen:.2f}"
+    return [
+        "Hypervolume by retain / test accuracy: the share of the square up to Retrain's forget error that a "
+        "front dominates; higher is better.",
+        pd.DataFrame(volumes).T,
+        "Distance to Retrain (mean over UA, RA and TA) of the trial that is nearest to it / of the one that "
+        "was chosen without looking at it: the first is what a method can do, the second what its user gets.",
+        pd.DataFrame(nearest).T,
+    ]
 
 
 def attack_and_cost(path, runs, records: Records, looks) -> list[Section]:

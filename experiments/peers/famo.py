@@ -52,11 +52,8 @@ def famo(losses_fn, optimizer: optax.GradientTransformation, *, weight_rate, dec
         (slope,) = pull_softmax(before - after)
         updates, weight_state = weight_optimizer.update(slope, state.weight_state, state.logits)
         logits = optax.apply_updates(state.logits, updates)
-        return (
-            params,
-            FamoState(logits, weight_state, optimizer_state),
-            record(losses.forget, losses.retain, z[0] / z[1]),
-        )
+        seen = record(losses.forget, losses.retain, z[0] / z[1])
+        return params, FamoState(logits, weight_state, optimizer_state), seen
 
     return Method(init, step)
 

@@ -36,10 +36,7 @@ def pdu(apply: Apply, optimizer: optax.GradientTransformation, *, bound, dual_ra
         (_, losses), grads = jax.value_and_grad(objective, has_aux=True)(params)
         params, optimizer_state = descend(optimizer, grads, state.optimizer_state, params)
         multiplier = jnp.maximum(0.0, state.multiplier + dual_rate * (losses.retain - bound))
-        return (
-            params,
-            PduState(multiplier, optimizer_state),
-            record(losses.forget, losses.retain, state.multiplier),
-        )
+        seen = record(losses.forget, losses.retain, state.multiplier)
+        return params, PduState(multiplier, optimizer_state), seen
 
     return Method(init, step)
