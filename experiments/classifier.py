@@ -153,7 +153,7 @@ class Trainer(NamedTuple):
 
     plan(rows, seed) -> row numbers [epochs, steps, batch] out of `rows`.
     train(examples, plan, seed, report) -> (params, seconds without compilation) from a random start.
-    train_many(examples, plans [n, epochs, steps, batch], keys [n]) -> params [n, ...], vmapped in one call.
+    train_many(examples, plans [n, epochs, steps, batch], keys [n]) -> params [n, ...], in one compiled call.
     """
 
     plan: Callable[[np.ndarray, int], np.ndarray]
@@ -161,7 +161,9 @@ class Trainer(NamedTuple):
     train_many: Callable[[Examples, Any, jax.Array], Any]
 
 
-def make_trainer(classifier: Classifier, recipe: Recipe) -> Trainer:
+def make_trainer(classifier: Classifier, recipe: Recipe, side_by_side: int = 16) -> Trainer:
+    """`side_by_side` is how many models train_many vmaps at a time."""
+
     def optimizer(steps: int) -> optax.GradientTransformation:
         drops = {int(share * steps): 0.1 for share in recipe.drops}
         rate = optax.piecewise_constant_schedule(recipe.learning_rate, drops)
@@ -205,11 +207,12 @@ def make_trainer(classifier: Classifier, recipe: Recipe) -> Trainer:
 
     @jax.jit
     def train_many(examples, plans, keys):
-        def one(plan, key):
+        def one(inputs):
+            plan, key = inputs
             params = classifier.init(key, examples.x[:1])
             rows = plan.reshape(-1, plan.shape[-1])
             return run_epoch(params, optimizer(len(rows)).init(params), key, examples, rows, len(rows))[0]
 
-        return jax.vmap(one)(plans, keys)
+        return jax.lax.map(one, (plans, keys), batch_size=min(side_by_side, len(plans)))
 
     return Trainer(plan, train, train_many)

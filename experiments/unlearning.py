@@ -130,18 +130,22 @@ def make_unlearn(unlearner: Unlearner):
     return unlearn
 
 
-def make_unlearn_many(unlearner: Unlearner):
-    """unlearn_many(knobs, params, keys, examples, wrong, plans) -> params: n models in one vmapped call."""
+def make_unlearn_many(unlearner: Unlearner, side_by_side: int = 16):
+    """unlearn_many(knobs, params, keys, examples, wrong, plans) -> params: n models in one compiled call.
+
+    `side_by_side` of them are vmapped at a time.
+    """
 
     @jax.jit
     def run_many(knobs, params, keys, examples, wrong, plans: Plan):
-        def one(params, key, plan):
+        def one(inputs):
+            params, key, plan = inputs
             state = unlearner.init(knobs, params, examples, wrong, plan.forget_rows)
             steps = len(plan.rows)
             progress = jnp.arange(steps, dtype=jnp.float32) / steps
             return unlearner.run(knobs, params, state, key, examples, wrong, plan.rows, progress)[0]
 
-        return jax.vmap(one)(params, keys, plans)
+        return jax.lax.map(one, (params, keys, plans), batch_size=min(side_by_side, len(keys)))
 
     def unlearn_many(knobs, params, keys, examples, wrong, plans: Plan):
         knobs = {name: jnp.float32(value) for name, value in knobs.items()}

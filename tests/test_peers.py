@@ -120,6 +120,9 @@ def test_random_labels():
     (forget, g_f), (retain, g_r) = wrong_loss(flat(start())), retain_loss(flat(start()))
     recorded = {"forget_loss": forget, "retain_loss": retain, "multiplier": 3}
     check(random_labels(apply, SGD, weight=3.0), (g_f + 3 * g_r) / 4, **recorded)
+    got, _, seen = stepped(random_labels(apply, SGD, weight=5.0, ramped=True), [batch(progress=0.5)])
+    np.testing.assert_allclose(got, flat(start()) - RATE * (g_f + 3 * g_r) / 4, rtol=1e-12)
+    assert seen["multiplier"] == 3
     direction = (g_f / forget + 3 * g_r / retain) / 4
     check(random_labels(apply, SGD, weight=3.0, log_losses=True), direction, **recorded)
 

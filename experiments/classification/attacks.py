@@ -71,7 +71,7 @@ def attack_by_likelihood_ratio(bench: Bench, records: Records, task: Task, progr
 
     def unlearned(method):
         key = ("run", task.name, method, config.training_seeds[0], config.unlearning_seeds[0])
-        unlearn_many = make_unlearn_many(bench.unlearner(method))
+        unlearn_many = make_unlearn_many(bench.unlearner(method), config.side_by_side)
         return unlearn_many(records.by_key[key]["knobs"], originals, keys, train, bench.wrong, stacked)
 
     for name in names:

@@ -78,7 +78,7 @@ def make_bench(config: Config, peers: Mapping[str, Peer]) -> Bench:
         parts = Outputs(*(part.x for part in on_device))
         return jax.device_get(predict_all(params, calibration(on_device.train, retain), parts))
 
-    trainer = make_trainer(classifier, config.training)
+    trainer = make_trainer(classifier, config.training, config.side_by_side)
     steps = number_of_steps(config.unlearning_epochs, data.train.size, config.batch_size)
     models = (classifier, trainer, steps, unlearner, unlearn, predict)
     return Bench(config, peers, data, on_device.train, wrong, *models)

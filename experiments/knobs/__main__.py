@@ -86,13 +86,18 @@ def variations() -> dict[str, Variation]:
                 out.append(
                     Variation("learning rate", f"{name} at {rate:g}", constant, at | {"weight": weight})
                 )
+            if space == "raw":
+                ramp, name = Peer(partial(random_labels, ramped=True)), "ramp 1 to 10 (raw)"
+                out.append(Variation("learning rate", f"{name} at {rate:g}", ramp, at | {"weight": 10}))
             for measure in ("lookahead", "lagged"):
                 name = f"EUPMU {measure} ({space})"
                 knobs = at | {"demand": DEMAND[space]}
                 out.append(Variation("learning rate", f"{name} at {rate:g}", method(measure), knobs))
-        for demand in (-0.01, 0.0, 0.01, 0.03, 0.1):
-            knobs = base | {"demand": demand}
-            out.append(Variation(f"tolerance ({space})", f"{-demand:g}", method(), knobs))
+        for measure in ("lookahead", "lagged"):
+            for demand in (-0.01, 0.0, 0.01, 0.03, 0.1):
+                knob = f"tolerance, {measure} ({space})"
+                knobs = base | {"demand": demand}
+                out.append(Variation(knob, f"{0.0 - demand:g}", method(measure), knobs))
         duals = {
             "sgd 0.1": optax.sgd(0.1),
             "sgd 1": optax.sgd(1.0),
@@ -110,8 +115,14 @@ def variations() -> dict[str, Variation]:
         for normalised in (True, False):
             peer = method(normalize_weights=normalised)
             out.append(Variation(f"normalised weights ({space})", str(normalised), peer, base))
-        for measure in ("lookahead", "lagged", "directional"):
-            out.append(Variation(f"measure ({space})", measure, method(measure), base))
+        # Per unit of step length: the demand per step over the learning rate.
+        directional = base | {"demand": base["demand"] / base["learning_rate"]}
+        for measure, knobs in (
+            ("lookahead", base),
+            ("lagged", base),
+            ("directional per length", directional),
+        ):
+            out.append(Variation(f"measure ({space})", measure, method(measure.split()[0]), knobs))
     return {f"{one.knob}: {one.value}": one for one in out}
 
 

@@ -47,6 +47,7 @@ PEERS: dict[str, Peer] = {
     "NegGrad+": Peer(neggrad_plus, knobs={"ascent": (1e-3, 0.3)}),
     "random labels": Peer(random_labels, knobs={"weight": (0.5, 50)}),
     "random labels (log)": Peer(partial(random_labels, log_losses=True), knobs={"weight": (0.05, 5)}),
+    "random labels (ramp)": Peer(partial(random_labels, ramped=True), knobs={"weight": (0.5, 50)}),
     "SalUn": Peer(salun, knobs={"weight": (0.5, 50)}),
     "l1-sparse": Peer(l1_sparse, knobs={"penalty": (1e-5, 1e-2)}),
     "SCRUB": Peer(scrub, (1e-4, 1e-2), {"ascent_share": (0.02, 0.5)}),

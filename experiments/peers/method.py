@@ -63,20 +63,30 @@ def random_label_losses(apply: Apply) -> Callable[[Any, Batch], eu.Losses]:
 
 
 def weighted(
-    losses_fn, optimizer: optax.GradientTransformation, weights: eu.Losses, space=lambda loss: loss
+    losses_fn,
+    optimizer: optax.GradientTransformation,
+    weights: Callable[[Batch], eu.Losses],
+    space: Callable[[jax.Array], jax.Array] = lambda loss: loss,
 ) -> Method:
-    """Descends <weights, space(losses)> under constant weights, one gradient per step."""
+    """Descends <weights(batch), space(losses)>, one gradient per step; the weights see no parameters."""
 
     def step(params, state, batch):
+        weight = weights(batch)
+
         def objective(params):
             losses = losses_fn(params, batch)
-            return weights.forget * space(losses.forget) + weights.retain * space(losses.retain), losses
+            return weight.forget * space(losses.forget) + weight.retain * space(losses.retain), losses
 
         grads, losses = jax.grad(objective, has_aux=True)(params)
         params, state = descend(optimizer, grads, state, params)
-        return params, state, record(losses.forget, losses.retain, weights.retain / weights.forget)
+        return params, state, record(losses.forget, losses.retain, weight.retain / weight.forget)
 
     return Method(lambda params, batches: optimizer.init(params), step)
+
+
+def shares(weight: Any) -> eu.Losses:
+    """The weights (1, weight) of (U, R), divided by their sum."""
+    return eu.Losses(1 / (1 + weight), weight / (1 + weight))
 
 
 def descend(optimizer: optax.GradientTransformation, grads: Any, state: Any, params: Any):

@@ -11,4 +11,4 @@ def neggrad_plus(apply: Apply, optimizer: optax.GradientTransformation, *, ascen
 
     Source: Kurmanji et al., arXiv 2302.09880, section 4 (1 - beta there).
     """
-    return weighted(ascent_losses(apply), optimizer, eu.Losses(ascent, 1 - ascent))
+    return weighted(ascent_losses(apply), optimizer, lambda batch: eu.Losses(ascent, 1 - ascent))

@@ -1,23 +1,29 @@
-"""Random labels by linear scalarisation: EUPMU's losses under one constant weight."""
+"""Random labels by linear scalarisation: EUPMU's losses under a weight that nothing observed moves."""
 
 import jax.numpy as jnp
 import optax
 
-import eupmu_jax as eu
-from experiments.peers.method import Apply, Method, random_label_losses, weighted
+from experiments.peers.method import Apply, Method, random_label_losses, shares, weighted
 
 
 def random_labels(
-    apply: Apply, optimizer: optax.GradientTransformation, *, weight, log_losses: bool = False
+    apply: Apply,
+    optimizer: optax.GradientTransformation,
+    *,
+    weight,
+    log_losses: bool = False,
+    ramped: bool = False,
 ) -> Method:
     """Descends (U + weight R) / (1 + weight), or the same of log U and log R.
 
-    Source: Golatkar et al., arXiv 1911.04933, for the labels; standard for the weight.
-    """
+    `ramped` lets the weight rise linearly from 1 to `weight` over the run: forget first, repair later,
+    as a growing multiplier does, but blindly.
 
-    weights = eu.Losses(1 / (1 + weight), weight / (1 + weight))
+    Source: Golatkar et al., arXiv 1911.04933, for the labels; standard for the weight; ours for the ramp.
+    """
+    at = lambda progress: 1 + (weight - 1) * progress if ramped else weight
     space = safe_log if log_losses else lambda loss: loss
-    return weighted(random_label_losses(apply), optimizer, weights, space)
+    return weighted(random_label_losses(apply), optimizer, lambda batch: shares(at(batch.progress)), space)
 
 
 def safe_log(loss):

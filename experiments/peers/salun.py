@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import eupmu_jax as eu
-from experiments.peers.method import Apply, Method, cross_entropy, random_label_losses, weighted
+from experiments.peers.method import Apply, Method, cross_entropy, random_label_losses, shares, weighted
 
 
 def salun(
@@ -36,6 +35,5 @@ def salun(
         updates, inner_state = optimizer.update(updates, inner_state, params)
         return jax.tree.map(lambda m, u: jnp.where(m, u, 0), mask, updates), (mask, inner_state)
 
-    weights = eu.Losses(1 / (1 + weight), weight / (1 + weight))
     salient = optax.GradientTransformation(optimizer.init, update)
-    return Method(init, weighted(random_label_losses(apply), salient, weights).step)
+    return Method(init, weighted(random_label_losses(apply), salient, lambda batch: shares(weight)).step)
