@@ -174,7 +174,12 @@ def make_trainer(classifier: Classifier, recipe: Recipe, side_by_side: int = 16)
     def plan(rows, seed):
         batch = min(recipe.batch_size, len(rows))
         steps = recipe.epochs * (len(rows) // batch)
-        return batch_rows(rows, batch, steps, seed).reshape(recipe.epochs, -1, batch)
+        return batch_rows(rows, batch, steps, (seed, 4)).reshape(recipe.epochs, -1, batch)
+
+    def start(key, examples, epochs, steps):
+        init_key, data_key = jax.random.split(key)
+        params = classifier.init(init_key, examples.x[:1])
+        return params, optimizer(steps).init(params), jax.random.split(data_key, epochs)
 
     def run_epoch(params, state, key, examples, rows, steps):
         def step(carry, inputs):
@@ -191,17 +196,14 @@ def make_trainer(classifier: Classifier, recipe: Recipe, side_by_side: int = 16)
     compiled_epoch = jax.jit(run_epoch, static_argnums=5, donate_argnums=(0, 1))
 
     def train(examples, plan, seed, report=lambda part: None):
-        key = jax.random.key(seed)
-        params = classifier.init(key, examples.x[:1])
         steps = plan.shape[0] * plan.shape[1]
-        state = optimizer(steps).init(params)
+        params, state, keys = start(jax.random.key(seed), examples, len(plan), steps)
         seconds = 0.0
-        for number, rows in enumerate(plan):
-            epoch_key = jax.random.fold_in(key, number)
+        for epoch_key, rows in zip(keys, plan, strict=True):
             run = compiled_epoch.lower(params, state, epoch_key, examples, rows, steps).compile()
-            start = time.perf_counter()
+            began = time.perf_counter()
             params, state = jax.block_until_ready(run(params, state, epoch_key, examples, rows))
-            seconds += time.perf_counter() - start
+            seconds += time.perf_counter() - began
             report(1 / len(plan))
         return params, seconds
 
@@ -209,9 +211,10 @@ def make_trainer(classifier: Classifier, recipe: Recipe, side_by_side: int = 16)
     def train_many(examples, plans, keys):
         def one(inputs):
             plan, key = inputs
-            params = classifier.init(key, examples.x[:1])
-            rows = plan.reshape(-1, plan.shape[-1])
-            return run_epoch(params, optimizer(len(rows)).init(params), key, examples, rows, len(rows))[0]
+            steps = plan.shape[0] * plan.shape[1]
+            params, state, keys = start(key, examples, len(plan), steps)
+            epoch = lambda carry, inputs: (run_epoch(*carry, inputs[0], examples, inputs[1], steps), None)
+            return jax.lax.scan(epoch, (params, state), (keys, plan))[0][0]
 
         return jax.lax.map(one, (plans, keys), batch_size=min(side_by_side, len(plans)))
 

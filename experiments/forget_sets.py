@@ -24,6 +24,13 @@ class Task(NamedTuple):
     retain: np.ndarray
     whole_class: int | None = None
 
+    @classmethod
+    def of(cls, spec: str, forget: np.ndarray, size: int) -> "Task":
+        """The task that forgets those of `size` training examples."""
+        kind, _, value = spec.partition(":")
+        retain = np.setdiff1d(np.arange(size), forget)
+        return cls(spec, forget, retain, int(value) if kind == "class" else None)
+
     def judged_on(self, examples: Examples) -> np.ndarray:
         """Row numbers of a held-out set by which utility is measured."""
         return np.flatnonzero(examples.y != (-1 if self.whole_class is None else self.whole_class))
@@ -39,20 +46,19 @@ def make_task(spec: str, data: Data, trainer: Trainer, classifier: Classifier, s
             forget = of_class if kind == "class" else of_class[largest_cluster(train.x[of_class], seed)]
         elif kind in ("random", "memorised"):
             count = round(float(value) * train.size)
-            order = np.random.default_rng(seed).permutation(train.size)
+            order = np.random.default_rng((seed, 1)).permutation(train.size)
             if kind == "memorised":
                 order = np.argsort(-memorisation(train, trainer, classifier, seed), kind="stable")
             forget = order[:count]
         else:
             raise ValueError(f"unknown kind {kind!r}")
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(
             f"task {spec!r}: {error}; give class:LABEL, subclass:LABEL, random:SHARE or memorised:SHARE"
         ) from error
     if not 0 < len(forget) < train.size:
         raise ValueError(f"task {spec!r} forgets {len(forget)} of {train.size} training examples")
-    retain = np.setdiff1d(np.arange(train.size), forget)
-    return Task(spec, np.sort(forget), retain, int(value) if kind == "class" else None)
+    return Task.of(spec, np.sort(forget), train.size)
 
 
 def largest_cluster(x: np.ndarray, seed: int) -> np.ndarray:
@@ -70,7 +76,7 @@ def memorisation(train: Examples, trainer: Trainer, classifier: Classifier, seed
     Source: Feldman and Zhang, arXiv 2008.03703, equation 1, with probability in place of accuracy.
     """
     train = Examples(*map(jnp.asarray, train))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng((seed, 3))
     orders = [rng.permutation(train.size) for _ in range(HALVES // 2)]
     halves = [half for order in orders for half in (order[: train.size // 2], order[train.size // 2 :])]
     halves = [half[: train.size // 2] for half in halves]
@@ -93,5 +99,5 @@ def memorisation(train: Examples, trainer: Trainer, classifier: Classifier, seed
 
 def wrong_labels(labels: np.ndarray, classes: int, seed: int) -> np.ndarray:
     """For each label another one, uniformly: what a forget example is to be taken for."""
-    shift = np.random.default_rng(seed).integers(1, classes, size=len(labels))
+    shift = np.random.default_rng((seed, 2)).integers(1, classes, size=len(labels))
     return ((labels + shift) % classes).astype(np.int32)

@@ -39,9 +39,36 @@ def new_run_dir(parent: pathlib.Path, name: str) -> pathlib.Path:
     raise FileExistsError(f"no free name left for {name}-{stamp} in {parent}")
 
 
-def provenance(config: Any) -> dict[str, Any]:
-    """What it takes to run this again: the resolved config with its seeds, versions, device, commit, date."""
-    packages = ["eupmu_jax", "jax", "jaxlib", "optax", "flax", "numpy", "scikit-learn"]
+def start_run(parent: pathlib.Path, name: str, config: Any) -> pathlib.Path:
+    """A new folder with config.json: the resolved config, and where and by which code it is run."""
+    path = new_run_dir(parent, name)
+    origin = {"name": name, "config": plain(dataclasses.asdict(config)), "sessions": [session()]}
+    (path / "config.json").write_text(json.dumps(origin, indent=2) + "\n")
+    return path
+
+
+def resume_run(path: pathlib.Path, program: str) -> dict[str, Any]:
+    """The origin of an interrupted run of that program, with this session added; else ValueError."""
+    origin = read_origin(path)
+    if not origin["name"].startswith(program):
+        raise ValueError(f"--resume {path}: this is a run of {origin['name']}, not of {program}")
+    origin["sessions"].append(session())
+    (path / "config.json").write_text(json.dumps(origin, indent=2) + "\n")
+    return origin
+
+
+def read_origin(path: pathlib.Path) -> dict[str, Any]:
+    file = path / "config.json"
+    try:
+        origin = json.loads(file.read_text())
+        return {"name": origin["name"], "config": origin["config"], "sessions": list(origin["sessions"])}
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not the description of a run: {error}") from error
+
+
+def session() -> dict[str, Any]:
+    """What runs now: versions, device, git commit and date."""
+    packages = ["eupmu_jax", "jax", "jaxlib", "optax", "flax", "numpy", "scipy", "scikit-learn"]
     describe = ["git", "describe", "--always", "--dirty"]
     here = pathlib.Path(__file__).parent
     try:
@@ -49,7 +76,6 @@ def provenance(config: Any) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         commit = "unknown"
     return {
-        "config": plain(dataclasses.asdict(config)),
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in packages},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}",
@@ -81,15 +107,20 @@ def read_csv(path: pathlib.Path) -> Frame:
 
 
 def mean_and_std(frame: Frame, columns: dict[str, int]) -> Frame:
-    """Text "mean ± std" of each column over the seeds of a method; columns name their decimals."""
-    groups = frame.groupby("method", sort=False)[list(columns)]
-    means, stds, several = groups.mean(), groups.std(), groups.size().max() > 1
+    """Text "mean ± std" of each column for each method; columns name their decimals.
+
+    The mean over unlearning seeds is one observation of a training seed; "-" where a run has no value.
+    """
+    by_seed = frame.groupby(["method", "training_seed"], sort=False)[list(columns)]
+    observations = by_seed.agg(lambda values: values.mean(skipna=False)).astype(float)
+    groups = observations.groupby("method", sort=False)
+    means, stds = groups.agg(lambda values: values.mean(skipna=False)), groups.std()
 
     def cell(method, name):
-        mean, digits = means.loc[method, name], columns[name]
-        if pd.isna(mean):
+        mean, std, digits = means.loc[method, name], stds.loc[method, name], columns[name]
+        if np.isnan(mean):
             return "-"
-        return f"{mean:.{digits}f}" + (f" ± {stds.loc[method, name]:.{digits}f}" if several else "")
+        return f"{mean:.{digits}f}" + ("" if np.isnan(std) else f" ± {std:.{digits}f}")
 
     cells = {name: [cell(method, name) for method in means.index] for name in columns}
     return pd.DataFrame(cells, index=means.index)

@@ -21,8 +21,8 @@ class Unlearner(NamedTuple):
 
     method(knobs) -> Method.
     init(knobs, params, examples, wrong, forget_rows [k, batch]) -> state.
-    run(knobs, params, state, key, examples, wrong, rows [steps, 2, batch], progress [steps]) ->
-    (params, state, record of arrays [steps]).
+    run(knobs, params, state, key, examples, wrong, forget_share, rows [steps, 2, batch],
+    progress [steps]) -> (params, state, record of arrays [steps]).
     """
 
     method: Callable[[dict[str, Any]], Method]
@@ -39,7 +39,7 @@ def make_unlearner(peer: Peer, apply, *, weight_decay: float = 0.0, augmented: b
         decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
         return peer.make(apply, optax.chain(decay, optax.sgd(rate, momentum=0.9)), **others)
 
-    def make_batch(examples: Examples, wrong, inputs):
+    def make_batch(examples: Examples, wrong, forget_share, inputs):
         rows, progress, key = inputs
         forget, retain = examples[rows[0]], examples[rows[1]]
         if augmented:
@@ -47,18 +47,19 @@ def make_unlearner(peer: Peer, apply, *, weight_decay: float = 0.0, augmented: b
             forget, retain = (
                 part._replace(x=augment(k, part.x)) for k, part in zip(keys, (forget, retain), strict=True)
             )
-        return Batch(forget, wrong[rows[0]], retain, progress)
+        return Batch(forget, wrong[rows[0]], retain, progress, forget_share)
 
     def init(knobs, params, examples, wrong, forget_rows):
         forget = examples[forget_rows]
-        batches = Batch(forget, wrong[forget_rows], forget, jnp.zeros(len(forget_rows)))
+        nothing = jnp.zeros(len(forget_rows))
+        batches = Batch(forget, wrong[forget_rows], forget, nothing, nothing)
         return method(knobs).init(params, batches)
 
-    def run(knobs, params, state, key, examples, wrong, rows, progress):
+    def run(knobs, params, state, key, examples, wrong, forget_share, rows, progress):
         step = method(knobs).step
 
         def body(carry, inputs):
-            batch = make_batch(examples, wrong, inputs)
+            batch = make_batch(examples, wrong, forget_share, inputs)
             params, state = carry
             params, state, seen = step(params, state, batch)
             return (params, state), seen
@@ -74,18 +75,21 @@ class Plan(NamedTuple):
     """Which examples each step of a run sees.
 
     `forget_rows` [k, batch] hold the forget set once (the last batch filled up from its beginning),
-    `rows` [steps, 2, batch] a forget and a retain batch for each step.
+    `rows` [steps, 2, batch] a forget and a retain batch for each step; `forget_share` is the forget
+    set's share of both sets.
     """
 
     forget_rows: np.ndarray
     rows: np.ndarray
+    forget_share: np.ndarray
 
 
 def make_plan(forget: np.ndarray, retain: np.ndarray, *, steps: int, batch_size: int, seed: int) -> Plan:
     batches = -(-len(forget) // batch_size)
     once = np.resize(forget, (batches, batch_size)).astype(np.int32)
-    parts = [batch_rows(rows, batch_size, steps, (seed, i)) for i, rows in enumerate((forget, retain))]
-    return Plan(once, np.stack(parts, 1))
+    parts = [batch_rows(rows, batch_size, steps, (seed, 5 + i)) for i, rows in enumerate((forget, retain))]
+    share = np.float32(len(forget) / (len(forget) + len(retain)))
+    return Plan(once, np.stack(parts, 1), np.asarray(share))
 
 
 def number_of_steps(epochs: int, size: int, batch_size: int) -> int:
@@ -118,7 +122,8 @@ def make_unlearn(unlearner: Unlearner):
         history = []
         for part in np.split(np.arange(steps), CHUNKS):
             key = jax.random.fold_in(jax.random.key(seed), part[0])
-            inputs = (knobs, params, state, key, examples, wrong, plan.rows[part], progress[part])
+            batches = (plan.forget_share, plan.rows[part], progress[part])
+            inputs = (knobs, params, state, key, examples, wrong, *batches)
             compiled = run.lower(*inputs).compile()
             start = time.perf_counter()
             params, state, seen = compiled(*inputs)
@@ -143,7 +148,8 @@ def make_unlearn_many(unlearner: Unlearner, side_by_side: int = 16):
             state = unlearner.init(knobs, params, examples, wrong, plan.forget_rows)
             steps = len(plan.rows)
             progress = jnp.arange(steps, dtype=jnp.float32) / steps
-            return unlearner.run(knobs, params, state, key, examples, wrong, plan.rows, progress)[0]
+            batches = (plan.forget_share, plan.rows, progress)
+            return unlearner.run(knobs, params, state, key, examples, wrong, *batches)[0]
 
         return jax.lax.map(one, (params, keys, plans), batch_size=min(side_by_side, len(keys)))
 

@@ -73,7 +73,7 @@ def classification_scores(
         "UA": 100 - accuracy(*forget),
         "RA": accuracy(*retain),
         "TA": accuracy(*test),
-        "MIA": membership_attack(forget, retain, test)["confidence"],
+        "MIA": membership_attack(forget, retain, test, ("confidence",))["confidence"],
     }
 
 

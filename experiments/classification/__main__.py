@@ -1,8 +1,7 @@
 """Compare unlearning methods on a classification data set, tuned blindly and attacked."""
 
 import argparse
-import dataclasses
-import json
+import contextlib
 import pathlib
 import sys
 import time
@@ -15,12 +14,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from experiments.classification import report, study
-from experiments.classification.configs import CONFIGS, Config
+from experiments.classification.configs import CONFIGS, Config, check
 from experiments.classifier import Recipe
-from experiments.report import new_run_dir, plain
+from experiments.peers import PEERS
+from experiments.report import resume_run, start_run
 
-PROGRAM = "python -m experiments.classification"
-USAGE = f"""Compare unlearning methods with retraining: {PROGRAM} --config NAME
+PROGRAM = "classification"
+COMMAND = f"python -m experiments.{PROGRAM}"
+USAGE = f"""Compare unlearning methods with retraining: {COMMAND} --config NAME
 
 Every method gets the same number of steps and of trials; its settings are chosen without looking at
 Retrain or at the test set; the chosen ones run over several seeds and are attacked. A folder under
@@ -31,24 +32,21 @@ Configurations: {", ".join(CONFIGS)}. --smoke is short for --config smoke. Below
 chosen configuration, any of which can be overridden."""
 
 
-def chosen(arguments: list[str]) -> tuple[Config, str, pathlib.Path | None]:
-    """The config, its name, and the folder to resume."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", choices=list(CONFIGS), default="digits")
+def chosen(arguments: list[str]) -> tuple[Config, pathlib.Path]:
+    """The config, and the folder of its run: a new one, or the one to resume."""
+    parser = argparse.ArgumentParser(prog=COMMAND, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", choices=list(CONFIGS))
     parser.add_argument("--smoke", action="store_const", const="smoke", dest="config")
     parser.add_argument("--resume", type=pathlib.Path)
     known, others = parser.parse_known_args(arguments)
     if known.resume is None or "--help" in others or "-h" in others:
-        default = CONFIGS[known.config]
-        return (
-            tyro.cli(Config, prog=PROGRAM, description=USAGE, default=default, args=others),
-            known.config,
-            None,
-        )
-    if others:
-        raise ValueError(f"--resume takes every setting from its folder; leave out {' '.join(others)}")
-    saved = json.loads((known.resume / "config.json").read_text())
-    return restored(saved["config"]), saved["name"], known.resume
+        name = known.config or "digits"
+        config = tyro.cli(Config, prog=COMMAND, description=USAGE, default=CONFIGS[name], args=others)
+        check(config, PEERS)
+        return config, start_run(config.runs_dir, f"{PROGRAM}-{name}", config)
+    if others or known.config:
+        raise ValueError("--resume takes every setting from its folder: leave the other options out")
+    return restored(resume_run(known.resume, PROGRAM)["config"]), known.resume
 
 
 def restored(values: dict[str, Any]) -> Config:
@@ -62,23 +60,23 @@ def restored(values: dict[str, Any]) -> Config:
     return Config(**given)
 
 
-def run_with_progress(console: Console, config: Config, path: pathlib.Path, **options) -> study.Bench:
-    """study.run under a progress bar, or a line now and then where there is no terminal."""
+@contextlib.contextmanager
+def progress_bar(console: Console, total: float):
+    """progress(what, part): a bar, or a line now and then where there is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     shown = console.is_terminal
     last = 0.0
     with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
-        task = bar.add_task("", total=study.amount_of_work(config, options.get("entries")))
+        task = bar.add_task("", total=total)
 
         def progress(what: str, part: float) -> None:
             nonlocal last
             bar.update(task, description=escape(what), advance=part)
             if not shown and time.monotonic() - last > 30:
                 last = time.monotonic()
-                done = bar.tasks[0]
-                console.print(f"{done.percentage:3.0f}% {escape(what)}", highlight=False)
+                console.print(f"{bar.tasks[0].percentage:3.0f}% {escape(what)}", highlight=False)
 
-        return study.run(config, path, progress, **options)
+        yield progress
 
 
 def show(console: Console, tables: dict[str, Any]) -> None:
@@ -97,14 +95,11 @@ def show(console: Console, tables: dict[str, Any]) -> None:
 def main(arguments: list[str]) -> pathlib.Path:
     console = Console()
     start = time.perf_counter()
-    config, name, path = chosen(arguments)
-    if path is None:
-        path = new_run_dir(config.runs_dir, f"classification-{name}")
-        saved = {"name": name, "config": plain(dataclasses.asdict(config))}
-        (path / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
+    config, path = chosen(arguments)
     console.print(f"{path} (interrupted? --resume {path})", soft_wrap=True, highlight=False)
-    bench = run_with_progress(console, config, path)
-    tables = report.write_report(f"Unlearning on {config.dataset}", path, bench, time.perf_counter() - start)
+    with progress_bar(console, study.amount_of_work(config)) as progress:
+        bench = study.run(config, path, progress)
+    tables = report.write_report(f"Unlearning on {config.dataset}", path, bench)
     show(console, tables)
     console.print(report.LEGEND, highlight=False)
     console.print(f"{time.perf_counter() - start:.0f} s. All of it: {path / 'report.html'}", soft_wrap=True)

@@ -27,9 +27,8 @@ def attack_by_likelihood_ratio(bench: Bench, records: Records, task: Task, progr
     config, train = bench.config, bench.train
     names = ["Original", "Retrain", *config.methods]
     if all(("likelihood ratio", task.name, name) in records.by_key for name in names):
-        progress("likelihood-ratio attack", 3 + len(config.methods))
         return
-    rng = np.random.default_rng(config.evaluation_seed)
+    rng = np.random.default_rng((config.evaluation_seed, 7))
     size = int(SHADOW_SHARE * len(task.retain))
     retain = [np.sort(rng.permutation(task.retain)[:size]) for _ in range(config.shadows)]
 
@@ -110,15 +109,14 @@ def make_relearning(bench: Bench):
         return evaluation.relearning_curve(loss, accuracy, params, batches, optimizer, every)
 
     def relearning(task: Task, params: Any) -> dict[str, list[float]]:
-        few = np.random.default_rng(config.evaluation_seed).permutation(task.forget)
+        few = np.random.default_rng((config.evaluation_seed, 8)).permutation(task.forget)
         few = few[: min(config.relearning_examples, len(few) // 2)]
-        rows = batch_rows(task.retain, config.batch_size, config.relearning_steps, config.evaluation_seed)
-        half = config.batch_size // 2
-        some = batch_rows(few, half, config.relearning_steps, config.evaluation_seed + 1)
-        attacks = {
-            "relearning on retain": (rows, task.forget),
-            "relearning on few": (np.concatenate([some, rows[:, half:]], 1), np.setdiff1d(task.forget, few)),
-        }
+        seed, steps, half = config.evaluation_seed, config.relearning_steps, config.batch_size // 2
+        rows = batch_rows(task.retain, config.batch_size, steps, (seed, 9))
+        attacks = {"relearning on retain": (rows, task.forget)}
+        if len(few):
+            mixed = np.concatenate([batch_rows(few, half, steps, (seed, 10)), rows[:, half:]], 1)
+            attacks["relearning on few"] = (mixed, np.setdiff1d(task.forget, few))
         return {
             name: curve(params, train, batches, scored, task.retain[:5000]).tolist()
             for name, (batches, scored) in attacks.items()

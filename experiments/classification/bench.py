@@ -1,5 +1,6 @@
 """What a study works with: data, classifier, compiled methods, and the records of what is done."""
 
+import fcntl
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -85,27 +86,52 @@ def make_bench(config: Config, peers: Mapping[str, Peer]) -> Bench:
 
 
 class Records:
-    """The finished pieces of a study, kept in a file of JSON lines from which it resumes."""
+    """The finished pieces of a study, kept in a file of JSON lines from which it resumes.
+
+    One process at a time may write; others read with `read_records`.
+    """
 
     def __init__(self, path: pathlib.Path):
-        self.path = path
-        self.by_key: dict[tuple, dict[str, Any]] = {}
-        if path.exists():
-            whole = path.read_text().split("\n")
-            if whole[-1]:  # half a line, of a run that was killed
-                path.write_text("".join(f"{line}\n" for line in whole[:-1]))
-            for line in whole[:-1]:
-                record = json.loads(line)
-                self.by_key[tuple(record["key"])] = record
+        self.file = path.open("a+b")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is writing to {path}: wait for it, or stop it") from error
+        self.file.seek(0)
+        # A run that was killed may have left half a line.
+        self.file.truncate(self.file.read().rfind(b"\n") + 1)
+        self.by_key = read_records(path)
 
     def get(self, key: tuple, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The record of that key, made and written now if there is none yet."""
         if key not in self.by_key:
             record = {"key": key} | make()
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            self.file.write(f"{json.dumps(record)}\n".encode())
+            self.file.flush()
             self.by_key[key] = record
         return self.by_key[key]
 
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [record for key, record in self.by_key.items() if key[0] == kind]
+    def close(self) -> None:
+        self.file.close()
+
+
+RecordsByKey = dict[tuple, dict[str, Any]]
+
+
+def read_records(path: pathlib.Path) -> RecordsByKey:
+    """Finished records by key, in the order they were made; ValueError if the file is damaged."""
+    records = {}
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        if line.endswith("\n"):
+            try:
+                record = json.loads(line)
+                records[tuple(record["key"])] = record
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}: line {number} is damaged; delete it to do that piece again"
+                ) from error
+    return records
+
+
+def of_kind(records: RecordsByKey, kind: str) -> list[dict[str, Any]]:
+    return [record for key, record in records.items() if key[0] == kind]

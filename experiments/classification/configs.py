@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Iterable
 from typing import Literal
 
 from experiments.classifier import Recipe
@@ -55,6 +56,9 @@ class Config:
     trials: int = 16
     """Settings tried for each method and task: its learning rate and its own knobs, log-uniform."""
 
+    five_features: bool = True
+    """Attack by all five features on the first unlearning seed; by confidence alone elsewhere."""
+
     data_seed: int = 0
     """Of the partition of the data, the forget sets and the wrong labels."""
 
@@ -62,7 +66,7 @@ class Config:
     """Of the trained models."""
 
     tuning_seed: int = 100
-    """Of the trials' settings and the batches in them; trials start from the first training seed."""
+    """Of the trials: their settings, their batches, and the model they start from, which is not reported."""
 
     unlearning_seeds: tuple[int, ...] = (200, 201)
     """Of the batches in the reported runs."""
@@ -77,7 +81,7 @@ class Config:
     """Shadow models that are trained at a time, in one compiled call; fewer need less memory."""
 
     relearning_steps: int = 100
-    """Steps of fine-tuning in each relearning attack; a multiple of ten."""
+    """Steps of fine-tuning in each relearning attack, a multiple of ten; 0 for none."""
 
     relearning_rate: float = 0.01
     """Its learning rate, SGD with momentum 0.9."""
@@ -87,6 +91,27 @@ class Config:
 
     runs_dir: pathlib.Path = pathlib.Path("runs")
     """Where the run's folder is made."""
+
+
+def check(config: Config, methods: Iterable[str]) -> None:
+    """ValueError that names the first option that cannot work."""
+    for name in ("tasks", "training_seeds", "methods"):
+        values = getattr(config, name)
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{name} must be given, each once; got {list(values)}")
+    if unknown := set(config.methods) - set(methods):
+        raise ValueError(f"methods: unknown {sorted(unknown)}; there are {', '.join(methods)}")
+    lowest = {"trials": 1, "unlearning_epochs": 1, "batch_size": 2, "side_by_side": 1}
+    lowest |= {"relearning_examples": 1, "relearning_steps": 0, "shadows": 0}
+    for name, low in lowest.items():
+        if getattr(config, name) < low:
+            raise ValueError(f"{name} must be at least {low}, got {getattr(config, name)}")
+    if config.shadows in (1, 2):
+        raise ValueError(f"shadows must be 0, for no attack, or at least 3; got {config.shadows}")
+    if config.relearning_steps % 10:
+        raise ValueError(f"relearning_steps must be a multiple of ten, got {config.relearning_steps}")
+    if config.tuning_seed in config.training_seeds:
+        raise ValueError(f"tuning_seed {config.tuning_seed} must not be among the training_seeds")
 
 
 # ResNet-18's recipe, published settings: 182 epochs, rate 0.1 divided by 10 after 91 and 136 epochs,
@@ -106,6 +131,7 @@ FASHION_MNIST = Config(
     model="mlp",
     training=Recipe(epochs=30, batch_size=64, optimizer="adam", learning_rate=1e-3),
     tasks=("class:6", "subclass:6", "random:0.1", "random:0.5", "memorised:0.1"),
+    trials=12,
     train_size=6000,
     validation_size=2000,
     test_size=2000,

@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from experiments.classification.bench import Records
+from experiments.classification.bench import RecordsByKey, of_kind
 from experiments.report import REFERENCES, Frame, grid, plain_numbers, save
 
 
@@ -51,10 +51,10 @@ def plot_front(path: pathlib.Path, runs: Frame, trials: Frame, looks, column: st
     save(figure, path, legend=6)
 
 
-def plot_histories(path: pathlib.Path, records: Records, looks) -> None:
+def plot_histories(path: pathlib.Path, records: RecordsByKey, looks) -> None:
     """Multiplier and losses along the first run of every method that has both, a row for each task."""
     first = {}
-    for record in records.of("run"):
+    for record in of_kind(records, "run"):
         if "history" in record and record["key"][2] in looks:
             first.setdefault((record["key"][1], record["key"][2]), record["history"])
     tasks = list(dict.fromkeys(task for task, _ in first))
@@ -79,9 +79,9 @@ def plot_histories(path: pathlib.Path, records: Records, looks) -> None:
     save(figure, path, legend=6)
 
 
-def plot_relearning(path: pathlib.Path, records: Records, looks) -> None:
+def plot_relearning(path: pathlib.Path, records: RecordsByKey, looks) -> None:
     """Forget accuracy along the two relearning attacks, a row for each task."""
-    attacked = [record for record in records.of("run") if "relearning on few" in record]
+    attacked = [record for record in of_kind(records, "run") if "relearning on few" in record]
     tasks = list(dict.fromkeys(record["key"][1] for record in attacked))
     figure, axes = grid(2 * len(tasks), 2, 7, 3.2)
     kinds = ("relearning on retain", "relearning on few")
@@ -100,13 +100,13 @@ def plot_relearning(path: pathlib.Path, records: Records, looks) -> None:
     save(figure, path, legend=6)
 
 
-def plot_classes(path: pathlib.Path, runs, records: Records, tasks, looks) -> None:
+def plot_classes(path: pathlib.Path, runs, records: RecordsByKey, tasks, looks) -> None:
     """Bars of each class's test accuracy less Retrain's, for the methods nearest to Retrain."""
     figure, axes = grid(len(tasks), 1, 12, 3.4)
 
     def of_classes(task, method):
-        found = [record for record in records.of("run") if record["key"][1:3] == [task, method]]
-        return np.mean([record["per_class"] for record in found if "per_class" in record], 0)
+        found = [record for record in of_kind(records, "run") if record["key"][1:3] == [task, method]]
+        return np.mean([list(record["per_class"].values()) for record in found if "per_class" in record], 0)
 
     for axis, task in zip(axes, tasks, strict=True):
         gaps = runs[(runs["task"] == task) & runs["method"].isin(looks)].groupby("method")["gap"].mean()
@@ -123,9 +123,14 @@ def plot_classes(path: pathlib.Path, runs, records: Records, tasks, looks) -> No
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_yscale("symlog", linthresh=10)
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.set(title=f"forget {task}", xlabel="class", ylabel="points", xticks=range(len(retrain)))
+        axis.set(title=f"forget {task}", xlabel="class", ylabel="points")
+        axis.set_xticks(range(len(retrain)), labels_of_classes(records))
         axis.grid(alpha=0.3, axis="y")
     save(figure, path, legend=6)
+
+
+def labels_of_classes(records: RecordsByKey) -> list[str]:
+    return list(next(iter(of_kind(records, "run")))["per_class"])
 
 
 def plot_costs(path: pathlib.Path, costs: Frame, looks) -> None:

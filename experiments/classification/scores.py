@@ -1,5 +1,6 @@
 """What is measured of one model, and of one step of a method."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,8 +31,10 @@ def accuracies(bench: Bench, task: Task, outputs: Outputs) -> dict[str, float]:
     return scores | {"UA": 100 - scores["UA"]}
 
 
-def full_scores(bench: Bench, task: Task, outputs: Outputs, retrain: Outputs) -> dict[str, Any]:
-    """Everything that is reported of one model, beside what it cost."""
+def full_scores(
+    bench: Bench, task: Task, outputs: Outputs, retrain: Outputs, features: Sequence[str]
+) -> dict[str, Any]:
+    """Everything that is reported of one model, beside what it cost; attacked by "confidence" and others."""
     train, _, test = bench.data
     kept = task.judged_on(test)
     parts = {
@@ -42,7 +45,7 @@ def full_scores(bench: Bench, task: Task, outputs: Outputs, retrain: Outputs) ->
     scores = accuracies(bench, task, outputs)
     if not np.isfinite(scores["UA"]):
         return scores | {"diverged": True}
-    attack = evaluation.membership_attack(*((p, y) for p, y, _ in parts.values()))
+    attack = evaluation.membership_attack(*((p, y) for p, y, _ in parts.values()), features)
     divergences = {f"KL {name}": evaluation.kl_divergence(q, p) for name, (p, _, q) in parts.items()}
     of_class = lambda label: evaluation.accuracy(outputs.test[test.y == label], test.y[test.y == label])
     return {
@@ -50,7 +53,7 @@ def full_scores(bench: Bench, task: Task, outputs: Outputs, retrain: Outputs) ->
         "MIA": attack.pop("confidence"),
         **{f"MIA {name}": value for name, value in attack.items()},
         **divergences,
-        "per_class": [of_class(label) for label in np.unique(test.y)],
+        "per_class": {str(label): of_class(label) for label in np.unique(test.y)},
         "diverged": False,
     }
 
@@ -58,7 +61,7 @@ def full_scores(bench: Bench, task: Task, outputs: Outputs, retrain: Outputs) ->
 def against_retrain(scores: dict[str, Any], retrain: dict[str, Any]) -> dict[str, Any]:
     """The figures that compare with Retrain of the same training seed."""
     if scores["diverged"]:
-        return {"gap": float("nan"), "ToW": float("nan"), "over-forgets": False}
+        return {"gap": float("nan"), "ToW": float("nan"), "over-forgets": float("nan")}
     return {
         "gap": evaluation.average_gap(scores, retrain),
         "ToW": evaluation.tug_of_war(scores, retrain),
@@ -76,7 +79,7 @@ def step_cost(bench: Bench, method: str) -> dict[str, float]:
         shape(*leading),
         shape(*leading).y,
         shape(*leading),
-        jax.ShapeDtypeStruct(leading[:-1], jnp.float32),
+        *[jax.ShapeDtypeStruct(leading[:-1], jnp.float32)] * 2,
     )
     knobs = dict.fromkeys(
         ("learning_rate", *bench.peers[method].knobs), jax.ShapeDtypeStruct((), jnp.float32)

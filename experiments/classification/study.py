@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eupmu_jax.evaluation.membership import FEATURES
 from experiments.classification.attacks import attack_by_likelihood_ratio, make_relearning
 from experiments.classification.bench import Bench, Outputs, Records, make_bench
-from experiments.classification.configs import Config
+from experiments.classification.configs import Config, check
 from experiments.classification.scores import accuracies, against_retrain, full_scores, step_cost
 from experiments.classification.tuning import blind_score, settings_to_try
 from experiments.forget_sets import Task, make_task
@@ -20,6 +21,8 @@ from experiments.peers import PEERS, Peer
 Entries = Mapping[str, tuple[str, dict[str, float]]]
 Progress = Callable[[str, float], None]
 Models = dict[int, tuple[Any, float]]
+
+OTHER_SEED = "Retrain, other seed"
 
 
 class Desk(NamedTuple):
@@ -35,63 +38,79 @@ class Desk(NamedTuple):
     retrained_outputs: dict[int, Outputs]
 
 
-def run(
-    config: Config,
-    path: pathlib.Path,
-    progress: Progress,
-    *,
-    entries: Entries | None = None,
-    peers: Mapping[str, Peer] = PEERS,
-) -> Bench:
-    """Completes the records in `path`; progress(what, parts done of all that `amount_of_work` counts).
+def run(config: Config, path: pathlib.Path, progress: Progress) -> Bench:
+    """Completes the whole study's records in `path`, all methods tuned.
 
-    `entries` name methods, out of `peers`, with given knobs, to be run in place of the config's methods and
-    their tuning.
+    progress(what, part) reports parts of all that `amount_of_work` counts.
     """
-    bench, records = make_bench(config, peers), Records(path / "records.jsonl")
-    relearning = make_relearning(bench)
-    everything = np.arange(bench.data.train.size)
-    tasks = [
-        make_task(spec, bench.data, bench.trainer, bench.classifier, config.data_seed)
-        for spec in config.tasks
-    ]
-    originals = trained(bench, path, "original", everything, progress)
+    check(config, PEERS)
+    bench, records = make_bench(config, PEERS), Records(path / "records.jsonl")
+    seeds = (config.tuning_seed, *config.training_seeds)
+    tasks = [saved_task(bench, path, spec) for spec in config.tasks]
+    originals = trained(bench, path, "original", np.arange(bench.data.train.size), seeds, progress)
     for task in tasks:
-        retrained = trained(bench, path, f"{task.name} retrain", task.retain, progress)
-        outputs = {seed: bench.predict(params, task.retain) for seed, (params, _) in retrained.items()}
-        desk = Desk(bench, records, progress, relearning, task, originals, retrained, outputs)
-        references(desk)
-        if entries is not None:
-            for name, (method, knobs) in entries.items():
-                unlearn(desk, name, method, knobs)
-        else:
-            for method in config.methods:
-                tune_and_unlearn(desk, method)
-    for name in entries or config.methods:
-        measure_cost(bench, records, tasks[0], name, entries[name][0] if entries else name, originals)
+        desk = make_desk(bench, path, records, task, originals, progress)
+        for method in config.methods:
+            tune_and_unlearn(desk, method)
+    for method in config.methods:
+        measure_cost(bench, records, tasks[0], method, originals)
     attacked = next((task for task in tasks if task.name.startswith("random:")), None)
-    if attacked and config.shadows and entries is None:
+    if attacked and config.shadows:
         attack_by_likelihood_ratio(bench, records, attacked, progress)
+    records.close()
     return bench
 
 
-def amount_of_work(config: Config, entries: Entries | None = None) -> float:
-    """What the progress of `run` adds up to: one for each training and each unlearning run."""
+def run_entries(
+    config: Config,
+    path: pathlib.Path,
+    progress: Progress,
+    entries: Entries,
+    peers: Mapping[str, Peer] = PEERS,
+) -> Bench:
+    """Completes the records of methods with given knobs: name -> (a name in `peers`, its knobs)."""
+    check(config, PEERS)
+    bench, records = make_bench(config, peers), Records(path / "records.jsonl")
+    tasks = [saved_task(bench, path, spec) for spec in config.tasks]
+    everything = np.arange(bench.data.train.size)
+    originals = trained(bench, path, "original", everything, config.training_seeds, progress)
+    for task in tasks:
+        desk = make_desk(bench, path, records, task, originals, progress)
+        for name, (method, knobs) in entries.items():
+            unlearn(desk, name, method, knobs)
+    records.close()
+    return bench
+
+
+def amount_of_work(config: Config, entries: int | None = None) -> float:
+    """What the progress of `run` (`run_entries`) adds up to: one for each training and unlearning run."""
     seeds = len(config.training_seeds)
     runs = seeds * len(config.unlearning_seeds)
     if entries is not None:
-        return seeds + len(config.tasks) * (seeds + len(entries) * runs)
+        return seeds + len(config.tasks) * (seeds + entries * runs)
     names = len(config.methods) + sum(method.startswith("EUPMU") for method in config.methods)
-    each_task = seeds + len(config.methods) * config.trials + names * runs
+    each_task = seeds + 1 + len(config.methods) * config.trials + names * runs
     attacked = any(spec.startswith("random:") for spec in config.tasks) and config.shadows
-    return seeds + len(config.tasks) * each_task + (3 + len(config.methods) if attacked else 0)
+    return seeds + 1 + len(config.tasks) * each_task + (3 + len(config.methods) if attacked else 0)
 
 
-def trained(bench: Bench, path: pathlib.Path, name: str, rows: np.ndarray, progress: Progress) -> Models:
-    """A model for each training seed, from its file where there is one."""
+def saved_task(bench: Bench, path: pathlib.Path, spec: str) -> Task:
+    """A task whose forget set is kept beside the records, since its models belong to just that set."""
+    file = path / "models" / f"forget-{spec}.npy".replace(":", "-")
+    file.parent.mkdir(exist_ok=True)
+    if file.exists():
+        return Task.of(spec, np.load(file), bench.data.train.size)
+    task = make_task(spec, bench.data, bench.trainer, bench.classifier, bench.config.data_seed)
+    np.save(file, task.forget)
+    return task
+
+
+def trained(
+    bench: Bench, path: pathlib.Path, name: str, rows: np.ndarray, seeds: tuple[int, ...], progress: Progress
+) -> Models:
+    """A model for each seed, from its file where there is one."""
     models = {}
-    (path / "models").mkdir(exist_ok=True)
-    for seed in bench.config.training_seeds:
+    for seed in seeds:
         file = path / "models" / f"{name}-{seed}.msgpack".replace(":", "-").replace(" ", "-")
         report = lambda part, seed=seed: progress(f"training {name}, seed {seed}", part)
         if file.exists():
@@ -107,17 +126,33 @@ def trained(bench: Bench, path: pathlib.Path, name: str, rows: np.ndarray, progr
     return models
 
 
+def make_desk(bench: Bench, path, records: Records, task: Task, originals: Models, progress) -> Desk:
+    """The desk of a task, with its retrained models and the records of both references."""
+    retrained = trained(bench, path, f"{task.name} retrain", task.retain, tuple(originals), progress)
+    outputs = {seed: bench.predict(params, task.retain) for seed, (params, _) in retrained.items()}
+    desk = Desk(bench, records, progress, make_relearning(bench), task, originals, retrained, outputs)
+    seeds = list(originals)
+    for seed, other in zip(seeds, seeds[1:] + seeds[:1], strict=True):
+        reported(desk, "Retrain", seed, 0, lambda seed=seed: (*retrained[seed], {}))
+        reported(desk, "Original", seed, 0, lambda seed=seed: (*originals[seed], {}))
+        if other != seed:
+            reported(desk, OTHER_SEED, seed, 0, lambda other=other: (*retrained[other], {}))
+    return desk
+
+
 def reported(desk: Desk, name: str, seed: int, unlearning_seed: int, make) -> None:
     """A record of the scores of make() -> (params, seconds, more); relearning on the first seeds alone."""
-    first_seeds = (desk.bench.config.training_seeds[0], desk.bench.config.unlearning_seeds[0])
+    config = desk.bench.config
+    first_batches = unlearning_seed in (0, config.unlearning_seeds[0])
 
     def piece():
         params, seconds, more = make()
         outputs = desk.bench.predict(params, desk.task.retain)
-        scores = full_scores(desk.bench, desk.task, outputs, desk.retrained_outputs[seed])
+        features = FEATURES if first_batches and config.five_features else ("confidence",)
+        scores = full_scores(desk.bench, desk.task, outputs, desk.retrained_outputs[seed], features)
         retrain = scores if name == "Retrain" else record_of(desk, "Retrain", seed)
-        is_first = seed == first_seeds[0] and unlearning_seed in (0, first_seeds[1])
-        curves = desk.relearning(desk.task, params) if is_first and not scores["diverged"] else {}
+        attacked = seed == config.training_seeds[0] and first_batches and not scores["diverged"]
+        curves = desk.relearning(desk.task, params) if attacked and config.relearning_steps else {}
         return scores | against_retrain(scores, retrain) | {"seconds": seconds} | curves | more
 
     desk.records.get(("run", desk.task.name, name, seed, unlearning_seed), piece)
@@ -125,13 +160,6 @@ def reported(desk: Desk, name: str, seed: int, unlearning_seed: int, make) -> No
 
 def record_of(desk: Desk, reference: str, seed: int) -> dict[str, Any]:
     return desk.records.by_key[("run", desk.task.name, reference, seed, 0)]
-
-
-def references(desk: Desk) -> None:
-    """Records of Retrain and Original, to which all others are compared."""
-    for seed in desk.bench.config.training_seeds:
-        for name, models in (("Retrain", desk.retrained), ("Original", desk.originals)):
-            reported(desk, name, seed, 0, lambda models=models, seed=seed: (*models[seed], {}))
 
 
 def unlearn(desk: Desk, name: str, method: str, knobs: dict[str, float]) -> None:
@@ -153,24 +181,23 @@ def unlearn(desk: Desk, name: str, method: str, knobs: dict[str, float]) -> None
 
 
 def tune(desk: Desk, method: str) -> dict[str, Any]:
-    """The best trial of a method by the blind rule, on the first training seed."""
-    bench, task = desk.bench, desk.task
-    first = bench.config.training_seeds[0]
+    """The best trial of a method by the blind rule, from the model of the tuning seed."""
+    bench, task, seed = desk.bench, desk.task, desk.bench.config.tuning_seed
     report = lambda part: desk.progress(f"{task.name}: tuning {method}", part)
 
     def trial(knobs):
-        start = desk.originals[first][0]
-        done = bench.unlearn(method, knobs, start, task, bench.config.tuning_seed, report)
+        done = bench.unlearn(method, knobs, desk.originals[seed][0], task, seed, report)
         scores = accuracies(bench, task, bench.predict(done.params, task.retain))
-        score = blind_score(scores, record_of(desk, "Original", first), task.whole_class is not None)
+        score = blind_score(scores, record_of(desk, "Original", seed), task.whole_class is not None)
         late = float(np.mean(done.history["multiplier"][-(bench.steps // 2) :]))
         return scores | {"knobs": knobs, "late_multiplier": late, "score": score}
 
-    settings = settings_to_try(bench.peers[method], bench.config.trials, bench.config.tuning_seed)
-    trials = [
-        desk.records.get(("trial", task.name, method, number), lambda knobs=knobs: trial(knobs))
-        for number, knobs in enumerate(settings)
-    ]
+    trials = []
+    for number, knobs in enumerate(settings_to_try(bench.peers[method], bench.config.trials, seed)):
+        key = ("trial", task.name, method, number)
+        trials.append(desk.records.get(key, lambda knobs=knobs: trial(knobs)))
+        if trials[-1]["knobs"] != knobs:
+            raise ValueError(f"the records of {method} were made by other code: start a new run")
     return min(trials, key=lambda one: one["score"])
 
 
@@ -184,16 +211,13 @@ def tune_and_unlearn(desk: Desk, method: str) -> None:
         unlearn(desk, f"constant at {method}", constant, knobs)
 
 
-def measure_cost(
-    bench: Bench, records: Records, task: Task, name: str, method: str, originals: Models
-) -> None:
+def measure_cost(bench: Bench, records: Records, task: Task, method: str, originals: Models) -> None:
     """A record of a step's cost, and of the time of a run on the first task: the best of three."""
-    first = bench.config.training_seeds[0]
-    knobs = records.by_key[("run", task.name, name, first, bench.config.unlearning_seeds[0])]["knobs"]
+    seed = bench.config.training_seeds[0]
+    knobs = records.by_key[("run", task.name, method, seed, bench.config.unlearning_seeds[0])]["knobs"]
 
     def piece():
-        start = originals[first][0]
-        seconds = [bench.unlearn(method, knobs, start, task, seed).seconds for seed in range(3)]
+        seconds = [bench.unlearn(method, knobs, originals[seed][0], task, s).seconds for s in range(3)]
         return step_cost(bench, method) | {"seconds": min(seconds)}
 
-    records.get(("cost", name), piece)
+    records.get(("cost", method), piece)

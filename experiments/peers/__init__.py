@@ -37,31 +37,25 @@ class Peer(NamedTuple):
     knobs: Mapping[str, Range] = MappingProxyType({})
 
 
-def _eupmu(measure: str, log_losses: bool, demand: Range) -> Peer:
-    return Peer(partial(eupmu, measure=measure, log_losses=log_losses), knobs={"demand": demand})
-
-
 PEERS: dict[str, Peer] = {
     "fine-tuning": Peer(fine_tuning),
-    "gradient ascent": Peer(gradient_ascent, (1e-6, 1e-3)),
+    "gradient ascent": Peer(gradient_ascent, (1e-6, 3e-5)),
     "NegGrad+": Peer(neggrad_plus, knobs={"ascent": (1e-3, 0.3)}),
     "random labels": Peer(random_labels, knobs={"weight": (0.5, 50)}),
     "random labels (log)": Peer(partial(random_labels, log_losses=True), knobs={"weight": (0.05, 5)}),
     "random labels (ramp)": Peer(partial(random_labels, ramped=True), knobs={"weight": (0.5, 50)}),
     "SalUn": Peer(salun, knobs={"weight": (0.5, 50)}),
     "l1-sparse": Peer(l1_sparse, knobs={"penalty": (1e-5, 1e-2)}),
-    "SCRUB": Peer(scrub, (1e-4, 1e-2), {"ascent_share": (0.02, 0.5)}),
-    "FAMO": Peer(random_label_famo, knobs={"weight_rate": (3e-3, 0.3)}),
+    "SCRUB": Peer(scrub, (3e-4, 3e-2), {"ascent_share": (0.1, 1.0)}),
+    "FAMO": Peer(random_label_famo, knobs={"weight_rate": (1e-3, 0.3)}),
     "GDR-GMA": Peer(gdr_gma, (1e-5, 1e-2), {"target": (0.02, 0.5)}),
     "PCGrad": Peer(pcgrad, (3e-4, 3e-2)),
-    "exact surgery": Peer(exact_surgery, knobs={"demand": (0.1, 10)}),
+    "exact surgery": Peer(exact_surgery, (3e-4, 3e-2), {"demand": (0.1, 10)}),
     "PDU": Peer(pdu, (3e-4, 3e-2), {"bound": (1e-2, 0.5), "dual_rate": (1e-2, 1)}),
     "NGDiff": Peer(ngdiff, (1e-5, 1e-2)),
-    "EUPMU lookahead": _eupmu("lookahead", False, (3e-3, 0.3)),
-    "EUPMU lagged": _eupmu("lagged", False, (3e-3, 0.3)),
-    "EUPMU directional": _eupmu("directional", False, (0.1, 10)),
-    "EUPMU lookahead (log)": _eupmu("lookahead", True, (1e-3, 0.1)),
-    "EUPMU lagged (log)": _eupmu("lagged", True, (1e-3, 0.1)),
-    "EUPMU directional (log)": _eupmu("directional", True, (0.1, 10)),
+    "EUPMU lookahead": Peer(eupmu, knobs={"demand": (3e-3, 0.3)}),
+    "EUPMU lagged": Peer(partial(eupmu, measure="lagged"), knobs={"demand": (3e-3, 0.3)}),
+    "EUPMU directional": Peer(partial(eupmu, measure="directional"), knobs={"demand": (0.1, 10)}),
+    "EUPMU lookahead (log)": Peer(partial(eupmu, log_losses=True), (3e-4, 3e-2), {"demand": (1e-3, 0.1)}),
 }
 """By display name, in the order of tables and plots."""

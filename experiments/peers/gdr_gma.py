@@ -12,7 +12,7 @@ from experiments.peers.projection import without_conflict
 
 
 class GdrGmaState(NamedTuple):
-    """The last forget gradients of the last tensor [bank, size], steps taken, and the optimiser's state."""
+    """The last forget gradients of the output's bias [bank, classes], steps taken, the optimiser's state."""
 
     bank: jax.Array
     taken: jax.Array
@@ -25,13 +25,12 @@ def gdr_gma(
     *,
     target,
     sharpness: float = 100.0,
-    bank_size: int = 8,
 ) -> Method:
     """Descends (1 - w) g_r' + w g_f', w = sigmoid(-sharpness (R - target)), U = -CE(forget).
 
     g_r' and g_f' are the gradients, tensor by tensor, each projected off the other's original where
-    they conflict. Once the bank is full, the last tensor's g_f' is also projected off the mean of
-    those banked gradients that it conflicts with.
+    they conflict. The bank holds the output bias's g_f for one pass over the forget set; once it is
+    full, that bias's g_f' is also projected off the mean of those banked that it conflicts with.
 
     Source: Lin et al., "GDR-GMA", ACM Multimedia 2024, with the settings of their code, which
     projects the second gradient along the first's projection; we follow the mutual form.
@@ -39,9 +38,9 @@ def gdr_gma(
     grads_fn = eu.forget_and_retain_grads(ascent_losses(apply))
 
     def init(params, batches):
-        del batches
-        last = jax.tree.leaves(params)[-1]
-        bank = jnp.zeros((bank_size, last.size), last.dtype)
+        logits = jax.eval_shape(apply, params, batches.forget.x[0])
+        bias = jax.tree.leaves(params)[output_bias(params, logits.shape[-1])]
+        bank = jnp.zeros((len(batches.wrong), bias.size), bias.dtype)
         return GdrGmaState(bank, jnp.zeros([], jnp.int32), optimizer.init(params))
 
     def step(params, state, batch):
@@ -49,12 +48,14 @@ def gdr_gma(
         forget = jax.tree.map(without_conflict, forget_grads, retain_grads)
         retain = jax.tree.map(without_conflict, retain_grads, forget_grads)
 
-        bank = state.bank.at[state.taken % bank_size].set(jax.tree.leaves(forget_grads)[-1].ravel())
-        *others, last = jax.tree.leaves(forget)
-        conflicting = (bank @ last.ravel() < 0) & (state.taken >= bank_size)
+        size, classes = state.bank.shape
+        place = output_bias(params, classes)
+        bank = state.bank.at[state.taken % size].set(jax.tree.leaves(forget_grads)[place])
+        leaves = jax.tree.leaves(forget)
+        conflicting = (bank @ leaves[place] < 0) & (state.taken >= size)
         mean = jnp.sum(jnp.where(conflicting[:, None], bank, 0), 0) / jnp.maximum(conflicting.sum(), 1)
-        last = without_conflict(last, mean.reshape(last.shape))
-        forget = jax.tree.unflatten(jax.tree.structure(forget), [*others, last])
+        leaves[place] = without_conflict(leaves[place], mean)
+        forget = jax.tree.unflatten(jax.tree.structure(forget), leaves)
 
         share = jax.nn.sigmoid(-sharpness * (losses.retain - target))
         grads = jax.tree.map(lambda r, f: (1 - share) * r + share * f, retain, forget)
@@ -63,3 +64,8 @@ def gdr_gma(
         return params, GdrGmaState(bank, state.taken + 1, optimizer_state), seen
 
     return Method(init, step)
+
+
+def output_bias(params: Any, classes: int) -> int:
+    """The place among the leaves of the last one with one number for each class."""
+    return max(i for i, leaf in enumerate(jax.tree.leaves(params)) if leaf.shape == (classes,))

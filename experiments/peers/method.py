@@ -17,13 +17,15 @@ class Batch(NamedTuple):
     """What a step sees: equally many examples to forget and to retain.
 
     `wrong` are labels int32 [n] to take the forget examples for; `progress` is the share of the
-    run's steps that were taken before this one, float32 in [0, 1).
+    run's steps that were taken before this one, float32 in [0, 1); `forget_share` is the share of the
+    training set that is to be forgotten.
     """
 
     forget: Examples
     wrong: Any
     retain: Examples
     progress: Any
+    forget_share: Any
 
 
 class Method(NamedTuple):

@@ -32,13 +32,14 @@ def scrub(
     distillation_weight: float = 0.5,
     temperature: float = 4.0,
 ) -> Method:
-    """Alternates a step up in KL(teacher || student) on forget data with a step down on retain data.
+    """Steps up in KL(teacher || student) on forget data among steps down on retain data.
 
-    The step down descends CE(retain) + distillation_weight KL(teacher || student). After
-    `ascent_share` of the run all steps go down. The teacher is the original model.
+    A step down descends CE(retain) + distillation_weight KL(teacher || student). Until `ascent_share`
+    of the run, as many of the steps go up as the forget set has of the training set; then none. The
+    teacher is the original model.
 
-    Source: Kurmanji et al., arXiv 2302.09880, algorithm 1; it alternates passes over the two sets,
-    we alternate batches, so that a forget set of any size gets the same number of steps.
+    Source: Kurmanji et al., arXiv 2302.09880, algorithm 1, which alternates a pass over the forget set
+    with one over the retain set; the steps of the two passes are interleaved here.
     """
 
     def init(params, batches):
@@ -56,7 +57,10 @@ def scrub(
         return loss + distillation_weight * distance, jnp.stack([jnp.nan, loss])
 
     def step(params, state, batch):
-        goes_up = (state.taken % 2 == 0) & (batch.progress < ascent_share)
+        is_due = jnp.floor((state.taken + 1) * batch.forget_share) > jnp.floor(
+            state.taken * batch.forget_share
+        )
+        goes_up = is_due & (batch.progress < ascent_share)
         gradient = lambda objective: jax.grad(objective, has_aux=True)
         grads, seen = jax.lax.cond(goes_up, gradient(up), gradient(down), params, state.teacher, batch)
         params, optimizer_state = descend(optimizer, grads, state.optimizer_state, params)
