@@ -213,7 +213,11 @@ def make_trainer(classifier: Classifier, recipe: Recipe, side_by_side: int = 16)
             plan, key = inputs
             steps = plan.shape[0] * plan.shape[1]
             params, state, keys = start(key, examples, len(plan), steps)
-            epoch = lambda carry, inputs: (run_epoch(*carry, inputs[0], examples, inputs[1], steps), None)
+
+            def epoch(carry, inputs):
+                (params, state), (key, rows) = carry, inputs
+                return run_epoch(params, state, key, examples, rows, steps), None
+
             return jax.lax.scan(epoch, (params, state), (keys, plan))[0][0]
 
         return jax.lax.map(one, (plans, keys), batch_size=min(side_by_side, len(plans)))

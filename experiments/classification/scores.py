@@ -45,7 +45,8 @@ def full_scores(
     scores = accuracies(bench, task, outputs)
     if not np.isfinite(scores["UA"]):
         return scores | {"diverged": True}
-    attack = evaluation.membership_attack(*((p, y) for p, y, _ in parts.values()), features)
+    forget, retain, of_test = ((p, y) for p, y, _ in parts.values())
+    attack = evaluation.membership_attack(forget, retain, of_test, features)
     divergences = {f"KL {name}": evaluation.kl_divergence(q, p) for name, (p, _, q) in parts.items()}
     of_class = lambda label: evaluation.accuracy(outputs.test[test.y == label], test.y[test.y == label])
     return {

@@ -13,10 +13,12 @@ import pandas as pd
 import tyro
 from rich.console import Console
 
-from experiments.classification.__main__ import run_with_progress
-from experiments.classification.bench import Records
+from experiments.classification import study
+from experiments.classification.__main__ import progress_bar
+from experiments.classification.bench import read_records
 from experiments.classification.configs import FASHION_MNIST
-from experiments.classification.report import runs_frame
+from experiments.classification.report import describe, runs_frame
+from experiments.images import FASHION_MNIST_DIR
 from experiments.peers import Peer
 from experiments.peers.eupmu import eupmu
 from experiments.peers.random_labels import random_labels
@@ -24,18 +26,27 @@ from experiments.report import (
     Frame,
     Section,
     grid,
-    new_run_dir,
     plain_numbers,
-    provenance,
+    resume_run,
     save,
+    start_run,
     write_csv,
     write_markdown,
     write_page,
 )
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
-DEMAND = {"raw": 0.03, "log": 0.02}
-WEIGHTS = {"raw": (1, 3, 10, 30), "log": (0.1, 0.3, 1, 3)}
+BASE = {"learning_rate": 0.01, "demand": 0.03}
+LOG_BASE = {"learning_rate": 0.01, "demand": 0.02}
+DUALS = {
+    "sgd 0.1": optax.sgd(0.1),
+    "sgd 1": optax.sgd(1.0),
+    "adam 0.01": optax.adam(0.01),
+    "adam 0.05": optax.adam(0.05),
+    "adam 0.2": optax.adam(0.2),
+    "adam 1": optax.adam(1.0),
+    "released": optax.chain(optax.add_decayed_weights(0.01), optax.adam(1.0)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +54,7 @@ class Config:
     """Vary EUPMU's settings one at a time, and the learning rate under EUPMU and constant weights.
 
     Fashion-MNIST, the network and the tasks of the classification study. Writes tables.md, runs.csv, a
-    picture and report.html to a new folder under --runs-dir; --resume continues in one.
+    picture and report.html to a new folder under --runs-dir.
     """
 
     tasks: tuple[str, ...] = ("class:6", "random:0.1", "memorised:0.1")
@@ -52,11 +63,14 @@ class Config:
     training_seeds: tuple[int, ...] = (0, 1)
     """Of the trained models."""
 
+    data_dir: pathlib.Path = FASHION_MNIST_DIR
+    """Folder of Fashion-MNIST's four IDX files, gzipped or not."""
+
     runs_dir: pathlib.Path = pathlib.Path("runs")
     """Where the run's folder is made."""
 
     resume: pathlib.Path | None = None
-    """A folder of an interrupted run."""
+    """The folder of an interrupted run to continue with that run's settings."""
 
 
 class Variation(NamedTuple):
@@ -69,79 +83,53 @@ class Variation(NamedTuple):
 
 
 def variations() -> dict[str, Variation]:
-    """By a name of their own. EUPMU is varied around the package's defaults, at the rate 0.01."""
-    out = []
-    for space in ("raw", "log"):
-        log_losses = space == "log"
-        base = {"learning_rate": 0.01, "demand": DEMAND[space]}
-
-        def method(measure="lookahead", log_losses=log_losses, **settings):
-            return Peer(partial(eupmu, measure=measure, log_losses=log_losses, **settings))
-
-        for rate in RATES:
-            at = {"learning_rate": rate}
-            constant = Peer(partial(random_labels, log_losses=log_losses))
-            for weight in WEIGHTS[space]:
-                name = f"constant {weight:g} ({space})"
-                out.append(
-                    Variation("learning rate", f"{name} at {rate:g}", constant, at | {"weight": weight})
-                )
-            if space == "raw":
-                ramp, name = Peer(partial(random_labels, ramped=True)), "ramp 1 to 10 (raw)"
-                out.append(Variation("learning rate", f"{name} at {rate:g}", ramp, at | {"weight": 10}))
-            for measure in ("lookahead", "lagged"):
-                name = f"EUPMU {measure} ({space})"
-                knobs = at | {"demand": DEMAND[space]}
-                out.append(Variation("learning rate", f"{name} at {rate:g}", method(measure), knobs))
-        for measure in ("lookahead", "lagged"):
-            for demand in (-0.01, 0.0, 0.01, 0.03, 0.1):
-                knob = f"tolerance, {measure} ({space})"
-                knobs = base | {"demand": demand}
-                out.append(Variation(knob, f"{0.0 - demand:g}", method(measure), knobs))
-        duals = {
-            "sgd 0.1": optax.sgd(0.1),
-            "sgd 1": optax.sgd(1.0),
-            "adam 0.01": optax.adam(0.01),
-            "adam 0.05": optax.adam(0.05),
-            "adam 0.2": optax.adam(0.2),
-            "adam 1": optax.adam(1.0),
-            "released": optax.chain(optax.add_decayed_weights(0.01), optax.adam(1.0)),
-        }
-        for name, dual in duals.items():
-            out.append(Variation(f"dual optimiser ({space})", name, method(dual_optimizer=dual), base))
-        for start in (0.0, 0.3, 1.0, 3.0, 10.0):
-            peer = method(initial_multiplier=jnp.float32(start))
-            out.append(Variation(f"initial multiplier ({space})", f"{start:g}", peer, base))
-        for normalised in (True, False):
-            peer = method(normalize_weights=normalised)
-            out.append(Variation(f"normalised weights ({space})", str(normalised), peer, base))
-        # Per unit of step length: the demand per step over the learning rate.
-        directional = base | {"demand": base["demand"] / base["learning_rate"]}
-        for measure, knobs in (
-            ("lookahead", base),
-            ("lagged", base),
-            ("directional per length", directional),
-        ):
-            out.append(Variation(f"measure ({space})", measure, method(measure.split()[0]), knobs))
+    """By a name of their own; EUPMU is varied around raw losses, the package's defaults and BASE."""
+    method = lambda **settings: Peer(partial(eupmu, **settings))
+    constant = lambda **settings: Peer(partial(random_labels, **settings))
+    lines: dict[str, tuple[Peer, dict[str, float]]]
+    lines = {f"constant {w} (raw)": (constant(), {"weight": w}) for w in (1, 3, 10, 30)}
+    lines["ramp 1 to 10 (raw)"] = (constant(ramped=True), {"weight": 10})
+    for measure in ("lookahead", "lagged"):
+        lines[f"EUPMU {measure} (raw)"] = (method(measure=measure), BASE)
+    lines |= {f"constant {w} (log)": (constant(log_losses=True), {"weight": w}) for w in (0.1, 0.3, 1)}
+    for measure in ("lookahead", "lagged"):
+        lines[f"EUPMU {measure} (log)"] = (method(measure=measure, log_losses=True), LOG_BASE)
+    out = [
+        Variation("learning rate", f"{line} at {rate:g}", peer, knobs | {"learning_rate": rate})
+        for line, (peer, knobs) in lines.items()
+        for rate in RATES
+    ]
+    for measure in ("lookahead", "lagged"):
+        for demand in (-0.01, 0.0, 0.01, 0.03, 0.1):
+            knobs = BASE | {"demand": demand}
+            out.append(
+                Variation(f"tolerance ({measure})", f"{0.0 - demand:g}", method(measure=measure), knobs)
+            )
+    for name, dual in DUALS.items():
+        out.append(Variation("dual optimiser", name, method(dual_optimizer=dual), BASE))
+    for start in (0.0, 0.3, 1.0, 3.0, 10.0):
+        peer = method(initial_multiplier=jnp.float32(start))
+        out.append(Variation("initial multiplier", f"{start:g}", peer, BASE))
+    for normalised in (True, False):
+        out.append(
+            Variation("normalised weights", str(normalised), method(normalize_weights=normalised), BASE)
+        )
+    # The directional tolerance is per unit of step length: the one per step over the learning rate.
+    per_length = BASE | {"demand": BASE["demand"] / BASE["learning_rate"]}
+    for measure, knobs in (("lookahead", BASE), ("lagged", BASE), ("directional", per_length)):
+        out.append(Variation("measure", measure, method(measure=measure), knobs))
     return {f"{one.knob}: {one.value}": one for one in out}
 
 
 def knob_tables(runs: Frame) -> list[Section]:
-    """A section for each knob: gap, and UA / RA / TA / late multiplier, for each value and task."""
-    columns = {"gap": 2, "UA": 1, "RA": 1, "TA": 1}
+    """A section for each knob: the gap of each value on each task, and what it is made of."""
     sections = []
     for knob, part in runs.groupby("knob", sort=False):
-        means = part.groupby(["value", "task"], sort=False)[list(columns)].mean()
+        means = part.groupby(["value", "task"], sort=False)[["gap", "UA", "RA", "TA"]].mean()
         rows = {}
-        for value in part["value"].unique():
-            cells = rows.setdefault(value, {})
-            for task in part["task"].unique():
-                gap, ua, ra, ta = means.loc[(value, task)]
-                cells[f"{task} gap"] = f"{gap:.2f}"
-                cells["UA / RA / TA" + " " * list(part["task"].unique()).index(task)] = (
-                    f"{ua:.1f} / {ra:.1f} / {ta:.1f}"
-                )
-        sections.append(Section(str(knob), pd.DataFrame(rows).T))
+        for (value, task), (gap, ua, ra, ta) in means.iterrows():
+            rows.setdefault(value, {})[task] = f"{gap:.2f} ({ua:.1f} / {ra:.1f} / {ta:.1f})"
+        sections.append(Section(str(knob), "Gap (UA / RA / TA).", pd.DataFrame(rows).T))
     return sections
 
 
@@ -152,42 +140,51 @@ def plot_rates(path: pathlib.Path, runs: Frame) -> None:
     part["rate"] = part["rate"].astype(float)
     tasks = list(part["task"].unique())
     figure, axes = grid(2 * len(tasks), len(tasks), 5, 3.8)
-    for axis, (space, task) in zip(axes, [(s, t) for s in WEIGHTS for t in tasks], strict=True):
+    for axis, (space, task) in zip(axes, [(s, t) for s in ("raw", "log") for t in tasks], strict=True):
         chosen = part[(part["task"] == task) & part["line"].str.endswith(f"({space})")]
         for i, (line, of_line) in enumerate(chosen.groupby("line", sort=False)):
             means = of_line.groupby("rate")["gap"].mean()
-            style = "-o" if str(line).startswith("EUPMU") else "--"
-            axis.plot(means.index, means, style, label=str(line), color=f"C{i + 6 * (space == 'log')}")
-        axis.set(xscale="log", yscale="log", title=f"forget {task} ({space})")
+            style = {"linewidth": 2.5} if str(line).startswith("EUPMU") else {"linestyle": "--"}
+            axis.plot(means.index, means, marker="o", label=str(line), color=f"C{i}", **style)
+        axis.set(xscale="log", yscale="log", title=f"forget {task}")
         axis.set(xlabel="learning rate", ylabel="gap to Retrain (points)")
         plain_numbers(axis.yaxis)
         axis.grid(alpha=0.3)
-    save(figure, path, legend=4)
+        if task == tasks[0]:
+            axis.legend(fontsize="small")
+    save(figure, path)
 
 
 def main(config: Config) -> None:
     console = Console()
     start = time.perf_counter()
-    path = config.resume or new_run_dir(config.runs_dir, "knobs")
+    if config.resume:
+        saved = resume_run(config.resume, "knobs")["config"]
+        config = dataclasses.replace(
+            config, tasks=tuple(saved["tasks"]), training_seeds=tuple(saved["training_seeds"])
+        )
+    path = config.resume or start_run(config.runs_dir, "knobs", config)
     study_config = dataclasses.replace(
         FASHION_MNIST,
+        data_dir=config.data_dir,
         tasks=config.tasks,
         training_seeds=config.training_seeds,
         unlearning_seeds=(200,),
-        relearning_steps=10,
-        runs_dir=config.runs_dir,
+        relearning_steps=0,
+        five_features=False,
     )
     varied = variations()
     peers = {name: one.peer for name, one in varied.items()}
     entries = {name: (name, one.knobs) for name, one in varied.items()}
     console.print(f"{path} (interrupted? --resume {path})", soft_wrap=True, highlight=False)
-    bench = run_with_progress(console, study_config, path, peers=peers, entries=entries)
-    runs = runs_frame(Records(path / "records.jsonl"))
-    runs = runs[runs["method"].isin(varied)]
+    with progress_bar(console, study.amount_of_work(study_config, len(entries))) as progress:
+        bench = study.run_entries(study_config, path, progress, entries, peers)
+    runs = runs_frame(read_records(path / "records.jsonl"))
+    runs = runs[runs["method"].isin(list(varied))]
     runs.insert(0, "knob", runs["method"].map(lambda name: varied[name].knob))
     runs.insert(1, "value", runs["method"].map(lambda name: varied[name].value))
-    origin = provenance(study_config) | {"steps": bench.steps}
-    write_csv(path / "runs.csv", runs.drop(columns=["method", "diverged"]), origin)
+    origin = describe(path, bench)
+    write_csv(path / "runs.csv", runs.drop(columns="method"), origin)
     plot_rates(path / "rates.png", runs)
     text = "Gap: mean distance to Retrain in UA, RA, TA and MIA, in points; means over the training seeds."
     sections = [Section("Learning rate", text, "rates.png"), *knob_tables(runs)]
