@@ -16,7 +16,7 @@ from experiments import images, report
 from experiments.classification import __main__ as classification
 from experiments.classification import bench, plots, scores, study, tuning
 from experiments.classification import report as study_report
-from experiments.classification.configs import CONFIGS
+from experiments.classification.configs import CONFIGS, check
 from experiments.classifier import (
     MLP,
     Recipe,
@@ -28,6 +28,7 @@ from experiments.classifier import (
 )
 from experiments.forget_sets import make_task, memorisation, wrong_labels
 from experiments.peers import PEERS
+from experiments.peers.method import cross_entropy
 from experiments.quickstart import __main__ as quickstart
 from experiments.unlearning import (
     Plan,
@@ -46,7 +47,7 @@ TINY = dataclasses.replace(
     train_size=300,
     validation_size=100,
     test_size=100,
-    methods=("random labels", "SalUn", "EUPMU lagged (log)"),
+    methods=("random labels", "SalUn", "EUPMU lagged"),
     trials=2,
     shadows=3,
     relearning_steps=10,
@@ -162,6 +163,41 @@ def test_prediction_normalises_by_the_calibration_images():
     assert not np.allclose(other, expected, atol=1e-3)
 
 
+def test_the_sgd_recipe_step_by_step(data):
+    """Momentum, weight decay, and a rate that falls to a tenth at half of the run; no augmentation."""
+    classifier = make_classifier(MLP(10, ()))
+    recipe = Recipe(2, 150, "sgd", learning_rate=0.1, weight_decay=0.01, drops=(0.5,))
+    trainer = make_trainer(classifier, recipe)
+    plan = trainer.plan(np.arange(300), 0)
+    assert plan.shape == (2, 2, 150)
+    train = on_device(data.train)
+    got, _ = trainer.train(train, plan, 0)
+    params = classifier.init(jax.random.split(jax.random.key(0))[0], train.x[:1])
+    velocity = jax.tree.map(jnp.zeros_like, params)
+    for number, rows in enumerate(plan.reshape(-1, 150)):
+        grads = jax.grad(lambda p, rows=rows: cross_entropy(classifier.apply, p, *train[rows]))(params)
+        velocity = jax.tree.map(lambda v, g, p: 0.9 * v + g + 0.01 * p, velocity, grads, params)
+        rate = 0.1 if number < 2 else 0.01
+        params = jax.tree.map(lambda p, v, rate=rate: p - rate * v, params, velocity)
+    assert_trees_close(got, params, atol=1e-6)
+
+
+def test_augmentation_reaches_training_and_unlearning(data, classifier):
+    train, rows = on_device(data.train), np.arange(300)
+    trained = []
+    for augmented in (False, True):
+        trainer = make_trainer(classifier, dataclasses.replace(RECIPE, augmented=augmented))
+        trained.append(trainer.train(train, trainer.plan(rows, 0), 0)[0])
+    assert not np.allclose(*(jax.tree.leaves(params)[0] for params in trained), atol=1e-3)
+    plan = make_plan(np.arange(30), np.arange(30, 300), steps=10, batch_size=16, seed=0)
+    knobs, wrong = {"learning_rate": 0.01}, jnp.zeros(300, jnp.int32)
+    ends = []
+    for augmented in (False, True):
+        unlearn = make_unlearn(make_unlearner(PEERS["PCGrad"], classifier.apply, augmented=augmented))
+        ends.append(unlearn(knobs, trained[0], train, wrong, plan, 0).params)
+    assert not np.allclose(*(jax.tree.leaves(params)[0] for params in ends), atol=1e-4)
+
+
 def test_full_size_recipe_is_the_published_one():
     config = CONFIGS["cifar10"]
     params = jax.eval_shape(
@@ -169,9 +205,8 @@ def test_full_size_recipe_is_the_published_one():
     )
     # ResNet-18 for CIFAR-10 has 11,173,962 weights.
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 11_173_962
-    recipe = config.training
-    assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (182, 256, 0.1)
-    assert (config.validation_size, config.unlearning_epochs) == (5000, 5)
+    assert config.training == Recipe(182, 256, "sgd", 0.1, 5e-4, (0.5, 0.75), augmented=True)
+    assert (config.validation_size, config.unlearning_epochs, config.weight_decay) == (5000, 5, 5e-4)
 
 
 def test_many_models_in_one_call_are_the_same_models(data, classifier, trainer):
@@ -246,12 +281,30 @@ def test_records_survive_being_killed(tmp_path):
     records = bench.Records(path)
     assert records.get(("run", "a"), lambda: {"x": 1.5})["x"] == 1.5
     records.get(("run", "b"), lambda: {"x": float("nan")})
+    records.close()
     path.write_text(path.read_text() + '{"key": ["run", "c"], "x"')
+    assert [record["key"][1] for record in bench.of_kind(bench.read_records(path), "run")] == ["a", "b"]
     again = bench.Records(path)
     assert again.get(("run", "a"), pytest.fail) == {"key": ["run", "a"], "x": 1.5}
-    assert [record["key"][1] for record in again.of("run")] == ["a", "b"]
     assert again.get(("run", "c"), lambda: {"x": 2})["x"] == 2
     assert len(path.read_text().splitlines()) == 3
+    assert list(bench.read_records(path)) == [("run", "a"), ("run", "b"), ("run", "c")]
+
+
+def test_two_processes_cannot_write_one_study(tmp_path):
+    path = tmp_path / "records.jsonl"
+    first = bench.Records(path)
+    with pytest.raises(ValueError, match="another process"):
+        bench.Records(path)
+    first.close()
+    bench.Records(path).close()
+
+
+def test_damaged_records_are_named(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"key": ["run", "a"]}\nnonsense\n')
+    with pytest.raises(ValueError, match=r"records.jsonl: line 2 is damaged"):
+        bench.Records(path)
 
 
 def test_front_and_hypervolume_by_hand():
@@ -268,15 +321,22 @@ def test_front_and_hypervolume_by_hand():
 
 
 def test_mean_and_std_over_seeds():
-    frame = pd.DataFrame({"method": ["b", "b", "a", "a"], "x": [1.0, 3.0, 5.0, np.nan], "y": [0.0] * 4})
+    """Unlearning seeds are averaged within their training seed; a diverged run leaves no mean."""
+    frame = pd.DataFrame(
+        {
+            "method": ["b", "b", "b", "a", "a", "c"],
+            "training_seed": [0, 0, 1, 0, 1, 0],
+            "x": [1.0, 3.0, 4.0, 5.0, np.nan, 7.0],
+        }
+    )
     table = report.mean_and_std(frame, {"x": 1})
-    assert list(table.index) == ["b", "a"]
-    assert table.loc["b", "x"] == "2.0 ± 1.4"
+    assert list(table.index) == ["b", "a", "c"]
+    assert list(table["x"]) == ["3.0 ± 1.4", "-", "7.0"]
 
 
 def test_provenance_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert report.provenance(quickstart.Config())["commit"] == "unknown"
+    assert report.session()["commit"] == "unknown"
 
 
 def test_run_folders_never_collide(tmp_path):
@@ -290,12 +350,6 @@ def test_what_is_not_finite_is_null_in_json():
     }
 
 
-def without_times(records):
-    """Records but for what a clock measured."""
-    drop = lambda record: {key: value for key, value in record.items() if key != "seconds"}
-    return {key: drop(record) for key, record in records.by_key.items()}
-
-
 # The tests that use it share one worker, so that it is made once.
 of_one_study = pytest.mark.xdist_group("study")
 
@@ -303,7 +357,7 @@ of_one_study = pytest.mark.xdist_group("study")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A whole tiny study, and its folder."""
-    path = tmp_path_factory.mktemp("study")
+    path = report.start_run(tmp_path_factory.mktemp("runs"), "classification-tiny", TINY)
     parts = []
     made = study.run(TINY, path, lambda what, part: parts.append(part))
     return made, path, sum(parts)
@@ -313,11 +367,17 @@ def finished(tmp_path_factory):
 def test_a_study_reports_everything_it_should(finished):
     made, path, work = finished
     assert work == pytest.approx(study.amount_of_work(TINY))
-    study_report.write_report("Tiny", path, made, 1.0)
+    study_report.write_report("Tiny", path, made)
     runs = report.read_csv(path / "runs.csv")
-    names = {*TINY.methods, "Original", "Retrain", "constant at EUPMU lagged (log)"}
+    references = {"Original", "Retrain", study.OTHER_SEED}
+    tuning = runs["training_seed"] == TINY.tuning_seed
+    assert set(runs[tuning]["method"]) == references, "the tuning model is not reported"
+    runs = runs[~tuning]
+    names = {*TINY.methods, *references, "constant at EUPMU lagged"}
     assert set(runs["method"]) == names
     assert len(runs) == 2 * len(names)
+    assert np.all(runs.loc[runs["method"] == study.OTHER_SEED, "gap"] > 0)
+    assert np.all(runs.loc[runs["method"].isin(TINY.methods), "knob learning_rate"] > 0)
     of_retrain = runs[runs["method"] == "Retrain"]
     assert np.all(of_retrain["gap"] == 0)
     assert np.all(of_retrain["ToW"] == 1)
@@ -331,7 +391,8 @@ def test_a_study_reports_everything_it_should(finished):
     assert np.all(chosen["score"].to_numpy() == trials.groupby(["task", "method"], sort=False)["score"].min())
     origin = json.loads((path / "runs.csv").read_text().splitlines()[0].removeprefix("# "))
     assert origin["config"]["training"]["epochs"] == RECIPE.epochs
-    assert {"versions", "device", "commit", "date", "steps", "sizes"} <= origin.keys()
+    assert {"name", "sessions", "steps", "sizes"} <= origin.keys()
+    assert {"versions", "device", "commit", "date"} <= origin["sessions"][0].keys()
     page = (path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 6
     assert "http" not in page.replace("data:image", ""), "it is read offline"
@@ -343,10 +404,11 @@ def test_a_study_reports_everything_it_should(finished):
 @of_one_study
 def test_the_likelihood_ratio_attack_knows_original_from_retrain(finished):
     _, path, _ = finished
-    found = {
-        record["key"][2]: record for record in bench.Records(path / "records.jsonl").of("likelihood ratio")
-    }
+    records = bench.of_kind(bench.read_records(path / "records.jsonl"), "likelihood ratio")
+    found = {record["key"][2]: record for record in records}
     assert list(found) == ["Original", "Retrain", *TINY.methods]
+    figures = {name: (record["auc"], record["accuracy"]) for name, record in found.items()}
+    assert len(set(figures.values())) == len(figures), "every ensemble is its own"
     assert found["Original"]["auc"] > found["Retrain"]["auc"]
     assert abs(found["Retrain"]["auc"] - 0.5) < 0.25  # three shadows, 30 examples
 
@@ -369,18 +431,20 @@ def test_an_interrupted_study_ends_like_an_uninterrupted_one(finished, tmp_path)
         if what.startswith("random:0.1: SalUn"):
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         study.run(TINY, tmp_path, stop_in_the_middle)
+    del stopped  # its traceback holds the records open
     path = tmp_path / "records.jsonl"
     half = path.read_text()
     assert 0 < len(half.splitlines()) < len((whole / "records.jsonl").read_text().splitlines())
     path.write_text(half + '{"key": ["ru')
     study.run(TINY, tmp_path, lambda what, part: None)
-    resumed, expected = (without_times(bench.Records(p / "records.jsonl")) for p in (tmp_path, whole))
+    resumed, expected = (bench.read_records(folder / "records.jsonl") for folder in (tmp_path, whole))
     assert resumed.keys() == expected.keys()
     for key, record in expected.items():
         if key[0] != "cost":
-            names = [name for name, value in record.items() if isinstance(value, float)]
+            numbers = [name for name, value in record.items() if isinstance(value, float)]
+            names = [name for name in numbers if name != "seconds"]
             assert_trees_close([resumed[key][n] for n in names], [record[n] for n in names], rtol=1e-6)
     assert path.read_text().startswith(half), "nothing was done twice"
 
@@ -392,13 +456,54 @@ def test_configs_survive_json():
 
 
 def test_command_line(tmp_path):
-    config, name, path = classification.chosen(["--smoke", "--trials", "3", "--training.epochs", "5"])
-    assert (config.trials, config.training.epochs, name, path) == (3, 5, "smoke", None)
-    assert classification.chosen(["--config", "cifar100"])[0] == CONFIGS["cifar100"]
-    with pytest.raises(ValueError, match="leave out --trials 3"):
-        classification.chosen(["--resume", str(tmp_path), "--trials", "3"])
+    runs = ["--runs-dir", str(tmp_path)]
+    config, path = classification.chosen(["--smoke", "--trials", "3", "--training.epochs", "5", *runs])
+    assert (config.trials, config.training.epochs) == (3, 5)
+    assert classification.chosen(["--resume", str(path)]) == (config, path)
+    assert len(report.read_origin(path)["sessions"]) == 2
+    chosen = classification.chosen(["--config", "cifar100", *runs])[0]
+    assert chosen == dataclasses.replace(CONFIGS["cifar100"], runs_dir=tmp_path)
+    for option in (["--trials", "3"], ["--config", "digits"]):
+        with pytest.raises(ValueError, match="leave the other options out"):
+            classification.chosen(["--resume", str(path), *option])
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         classification.chosen(["--resume", str(tmp_path)])
+    (path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="not the description of a run"):
+        classification.chosen(["--resume", str(path)])
+    other = report.start_run(tmp_path, "knobs", config)
+    with pytest.raises(ValueError, match="a run of knobs, not of classification"):
+        classification.chosen(["--resume", str(other)])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"trials": 0}, "trials"),
+        ({"batch_size": 1}, "batch_size"),
+        ({"unlearning_epochs": 0}, "unlearning_epochs"),
+        ({"shadows": 2}, "shadows"),
+        ({"relearning_steps": 25}, "relearning_steps"),
+        ({"relearning_examples": 0}, "relearning_examples"),
+        ({"tasks": ()}, "tasks"),
+        ({"tasks": ("class:1", "class:1")}, "tasks"),
+        ({"methods": ()}, "methods"),
+        ({"methods": ("magic",)}, "methods: unknown"),
+        ({"training_seeds": ()}, "training_seeds"),
+        ({"tuning_seed": 0}, "tuning_seed"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(change, named):
+    with pytest.raises(ValueError, match=named):
+        check(dataclasses.replace(TINY, **change), PEERS)
+
+
+@of_one_study
+def test_trials_of_other_settings_are_not_reused(finished, tmp_path):
+    _, whole, _ = finished
+    (tmp_path / "records.jsonl").write_text((whole / "records.jsonl").read_text())
+    with pytest.raises(ValueError, match="made by other code"):
+        study.run(dataclasses.replace(TINY, tuning_seed=101), tmp_path, lambda what, part: None)
 
 
 def test_help_teaches():
@@ -429,6 +534,7 @@ def test_quickstart(tmp_path, monkeypatch, capsys):
     assert path.name in printed.replace("\n", "")
     runs = report.read_csv(path / "runs.csv")
     assert list(runs["method"].unique()) == ["Retrain", "Original", *quickstart.entries(quickstart.Config())]
+    assert "demand" in (path / "runs.csv").read_text().splitlines()[0], "the quickstart's own settings"
     assert set(runs["task"]) == {"class:3", "random:0.1"}
-    for file in ("report.html", "tables.md", "front.png", "histories.png", "classes.png", "costs.png"):
+    for file in ("report.html", "tables.md", "front.png", "histories.png", "classes.png"):
         assert (path / file).stat().st_size > 1000

@@ -363,3 +363,16 @@ def test_every_peer_runs_with_its_knobs_traced_and_keeps_its_structure(name):
         ends.append(flat(params))
     assert not np.array_equal(*ends)
     assert run._cache_size() == 1
+
+
+def test_eupmu_with_a_utility_for_each_class():
+    """Two retain examples, one of each class: the classes' losses are the examples' own."""
+    theta = flat(start())
+    of_one = [loss_and_grad(theta, RETAIN_X[i : i + 1], RETAIN_Y[i : i + 1]) for i in (0, 1)]
+    (_, g_f), ((_, g_first), (_, g_second)) = wrong_loss(theta), of_one
+    method = eupmu(apply, SGD, demand=0.0, classes=3)
+    got, state, seen = stepped(method)
+    direction = (g_f + (g_first + g_second) / 3) / 2
+    np.testing.assert_allclose(got, theta - RATE * direction, rtol=1e-12)
+    assert eu.multiplier(state).shape == (3,)
+    np.testing.assert_allclose(seen["retain_loss"], (of_one[0][0] + of_one[1][0]) / 3, rtol=1e-6)

@@ -118,6 +118,10 @@ def variations() -> dict[str, Variation]:
     per_length = BASE | {"demand": BASE["demand"] / BASE["learning_rate"]}
     for measure, knobs in (("lookahead", BASE), ("lagged", BASE), ("directional", per_length)):
         out.append(Variation("measure", measure, method(measure=measure), knobs))
+    for measure in ("lookahead", "lagged"):
+        out.append(Variation("utilities", f"one ({measure})", method(measure=measure), BASE))
+        of_each = method(measure=measure, classes=10)
+        out.append(Variation("utilities", f"one for each class ({measure})", of_each, BASE))
     return {f"{one.knob}: {one.value}": one for one in out}
 
 
@@ -125,11 +129,11 @@ def knob_tables(runs: Frame) -> list[Section]:
     """A section for each knob: the gap of each value on each task, and what it is made of."""
     sections = []
     for knob, part in runs.groupby("knob", sort=False):
-        means = part.groupby(["value", "task"], sort=False)[["gap", "UA", "RA", "TA"]].mean()
+        means = part.groupby(["value", "task"], sort=False)[["gap", "UA", "RA", "TA", "worst class"]].mean()
         rows = {}
-        for (value, task), (gap, ua, ra, ta) in means.iterrows():
-            rows.setdefault(value, {})[task] = f"{gap:.2f} ({ua:.1f} / {ra:.1f} / {ta:.1f})"
-        sections.append(Section(str(knob), "Gap (UA / RA / TA).", pd.DataFrame(rows).T))
+        for (value, task), (gap, ua, ra, ta, worst) in means.iterrows():
+            rows.setdefault(value, {})[task] = f"{gap:.2f} ({ua:.1f} / {ra:.1f} / {ta:.1f} / {worst:.1f})"
+        sections.append(Section(str(knob), "Gap (UA / RA / TA / worst class's TA).", pd.DataFrame(rows).T))
     return sections
 
 
