@@ -393,6 +393,8 @@ def test_a_study_reports_everything_it_should(finished):
     assert origin["config"]["training"]["epochs"] == RECIPE.epochs
     assert {"name", "sessions", "steps", "sizes"} <= origin.keys()
     assert {"versions", "device", "commit", "date"} <= origin["sessions"][0].keys()
+    results = json.loads((path / "results.json").read_text())
+    assert len(results["runs"]) == len(runs) + tuning.sum()
     page = (path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 6
     assert "http" not in page.replace("data:image", ""), "it is read offline"
@@ -532,6 +534,8 @@ def test_quickstart(tmp_path, monkeypatch, capsys):
     (path,) = tmp_path.iterdir()
     printed = capsys.readouterr().out
     assert path.name in printed.replace("\n", "")
+    assert "hardly forgets" in printed.replace("\n", " "), "what digits cannot show"
+    assert "seconds" in printed
     runs = report.read_csv(path / "runs.csv")
     assert list(runs["method"].unique()) == ["Retrain", "Original", *quickstart.entries(quickstart.Config())]
     assert "demand" in (path / "runs.csv").read_text().splitlines()[0], "the quickstart's own settings"

@@ -17,7 +17,7 @@ from experiments.classification import report, study
 from experiments.classification.configs import CONFIGS, Config, check
 from experiments.classifier import Recipe
 from experiments.peers import PEERS
-from experiments.report import resume_run, start_run
+from experiments.report import Section, resume_run, start_run
 
 PROGRAM = "classification"
 COMMAND = f"python -m experiments.{PROGRAM}"
@@ -79,17 +79,20 @@ def progress_bar(console: Console, total: float):
         yield progress
 
 
-def show(console: Console, tables: dict[str, Any]) -> None:
+def show(console: Console, sections: list[Section]) -> None:
     """The main tables in the terminal."""
-    for task, frame in tables.items():
-        out = Table(title=f"forget {task}", title_justify="left")
+    for section in sections:
+        frame, *texts = section
+        names = [name for name in ("UA", "RA", "TA", "MIA", "gap", "seconds") if name in frame.columns]
+        out = Table(title=section.title, title_justify="left")
         out.add_column("method", no_wrap=True)
-        frame = frame[["UA", "RA", "TA", "MIA", "gap"]]
-        for name in frame.columns:
+        for name in names:
             out.add_column(name, justify="right")
-        for method, cells in frame.iterrows():
+        for method, cells in frame[names].iterrows():
             out.add_row(escape(str(method)), *cells)
         console.print(out)
+        for text in texts:
+            console.print(text, highlight=False, end="\n\n")
 
 
 def main(arguments: list[str]) -> pathlib.Path:
@@ -99,9 +102,8 @@ def main(arguments: list[str]) -> pathlib.Path:
     console.print(f"{path} (interrupted? --resume {path})", soft_wrap=True, highlight=False)
     with progress_bar(console, study.amount_of_work(config)) as progress:
         bench = study.run(config, path, progress)
-    tables = report.write_report(f"Unlearning on {config.dataset}", path, bench)
-    show(console, tables)
-    console.print(report.LEGEND, highlight=False)
+    sections = report.write_report(f"Unlearning on {config.dataset}", path, bench)
+    show(console, sections)
     console.print(f"{time.perf_counter() - start:.0f} s. All of it: {path / 'report.html'}", soft_wrap=True)
     return path
 

@@ -18,7 +18,7 @@ def eupmu(
     """
     losses_fn = per_class_losses(apply, classes) if classes else random_label_losses(apply)
     if classes:
-        settings = {"initial_multiplier": jnp.full(classes, 1 / classes)} | settings
+        settings["initial_multiplier"] = jnp.full(classes, 1 / classes)
     tx = eu.eupmu(losses_fn, optimizer, tolerance=-demand, **settings)
 
     def step(params, state, batch):

@@ -72,9 +72,8 @@ def main(config: Config) -> None:
     chosen = entries(config)
     with progress_bar(console, study.amount_of_work(study_config, len(chosen))) as progress:
         bench = study.run_entries(study_config, path, progress, chosen)
-    tables = report.write_report(f"Quickstart: {config.dataset}", path, bench)
-    show(console, tables)
-    console.print(report.LEGEND, highlight=False)
+    sections = report.write_report(f"Quickstart: {config.dataset}", path, bench)
+    show(console, sections)
     console.print(f"{time.perf_counter() - start:.0f} s. All of it: {path / 'report.html'}", soft_wrap=True)
 
 
