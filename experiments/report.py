@@ -40,21 +40,30 @@ def new_run_dir(parent: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def start_run(parent: pathlib.Path, name: str, config: Any) -> pathlib.Path:
-    """A new folder with config.json: the resolved config, and where and by which code it is run."""
+    """A new folder with config.json: the resolved config, to which every session adds itself."""
     path = new_run_dir(parent, name)
-    origin = {"name": name, "config": plain(dataclasses.asdict(config)), "sessions": [session()]}
-    (path / "config.json").write_text(json.dumps(origin, indent=2) + "\n")
+    write_origin(path, {"name": name, "config": plain(dataclasses.asdict(config)), "sessions": []})
     return path
 
 
-def resume_run(path: pathlib.Path, program: str) -> dict[str, Any]:
-    """The origin of an interrupted run of that program, with this session added; else ValueError."""
+def saved_config(path: pathlib.Path, program: str) -> dict[str, Any]:
+    """The config of a run of that program, to resume it; else ValueError."""
     origin = read_origin(path)
     if not origin["name"].startswith(program):
         raise ValueError(f"--resume {path}: this is a run of {origin['name']}, not of {program}")
-    origin["sessions"].append(session())
-    (path / "config.json").write_text(json.dumps(origin, indent=2) + "\n")
-    return origin
+    return origin["config"]
+
+
+def note_session(path: pathlib.Path) -> None:
+    """Adds what runs now, and on what, to the run's origin."""
+    origin = read_origin(path)
+    write_origin(path, origin | {"sessions": [*origin["sessions"], session()]})
+
+
+def write_origin(path: pathlib.Path, origin: dict[str, Any]) -> None:
+    partial = path / "config.json.partial"
+    partial.write_text(json.dumps(origin, indent=2) + "\n")
+    partial.replace(path / "config.json")
 
 
 def read_origin(path: pathlib.Path) -> dict[str, Any]:

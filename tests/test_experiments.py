@@ -278,33 +278,35 @@ def test_blind_score_by_hand():
 
 def test_records_survive_being_killed(tmp_path):
     path = tmp_path / "records.jsonl"
-    records = bench.Records(path)
-    assert records.get(("run", "a"), lambda: {"x": 1.5})["x"] == 1.5
-    records.get(("run", "b"), lambda: {"x": float("nan")})
-    records.close()
+    with bench.open_records(path) as records:
+        assert records.get(("run", "a"), lambda: {"x": 1.5})["x"] == 1.5
+        records.get(("run", "b"), lambda: {"x": float("nan")})
     path.write_text(path.read_text() + '{"key": ["run", "c"], "x"')
     assert [record["key"][1] for record in bench.of_kind(bench.read_records(path), "run")] == ["a", "b"]
-    again = bench.Records(path)
-    assert again.get(("run", "a"), pytest.fail) == {"key": ["run", "a"], "x": 1.5}
-    assert again.get(("run", "c"), lambda: {"x": 2})["x"] == 2
+    with bench.open_records(path) as records:
+        assert records.get(("run", "a"), pytest.fail) == {"key": ["run", "a"], "x": 1.5}
+        assert records.get(("run", "c"), lambda: {"x": 2})["x"] == 2
     assert len(path.read_text().splitlines()) == 3
     assert list(bench.read_records(path)) == [("run", "a"), ("run", "b"), ("run", "c")]
 
 
 def test_two_processes_cannot_write_one_study(tmp_path):
     path = tmp_path / "records.jsonl"
-    first = bench.Records(path)
-    with pytest.raises(ValueError, match="another process"):
-        bench.Records(path)
-    first.close()
-    bench.Records(path).close()
+    with (
+        bench.open_records(path),
+        pytest.raises(ValueError, match="another process"),
+        bench.open_records(path),
+    ):
+        pass
+    with bench.open_records(path):
+        pass
 
 
 def test_damaged_records_are_named(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text('{"key": ["run", "a"]}\nnonsense\n')
-    with pytest.raises(ValueError, match=r"records.jsonl: line 2 is damaged"):
-        bench.Records(path)
+    with pytest.raises(ValueError, match=r"records\.jsonl: line 2 is damaged"):
+        bench.read_records(path)
 
 
 def test_front_and_hypervolume_by_hand():
@@ -359,7 +361,8 @@ def finished(tmp_path_factory):
     """A whole tiny study, and its folder."""
     path = report.start_run(tmp_path_factory.mktemp("runs"), "classification-tiny", TINY)
     parts = []
-    made = study.run(TINY, path, lambda what, part: parts.append(part))
+    made = bench.make_bench(TINY)
+    study.run(made, path, lambda what, part: parts.append(part))
     return made, path, sum(parts)
 
 
@@ -427,21 +430,22 @@ def test_gradient_evaluations(finished):
 
 @of_one_study
 def test_an_interrupted_study_ends_like_an_uninterrupted_one(finished, tmp_path):
-    _, whole, _ = finished
+    made, whole, _ = finished
+    folder = report.start_run(tmp_path, "classification-tiny", TINY)
 
     def stop_in_the_middle(what, part):
         if what.startswith("random:0.1: SalUn"):
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt) as stopped:
-        study.run(TINY, tmp_path, stop_in_the_middle)
-    del stopped  # its traceback holds the records open
-    path = tmp_path / "records.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        study.run(made, folder, stop_in_the_middle)
+    path = folder / "records.jsonl"
     half = path.read_text()
     assert 0 < len(half.splitlines()) < len((whole / "records.jsonl").read_text().splitlines())
     path.write_text(half + '{"key": ["ru')
-    study.run(TINY, tmp_path, lambda what, part: None)
-    resumed, expected = (bench.read_records(folder / "records.jsonl") for folder in (tmp_path, whole))
+    study.run(bench.make_bench(TINY), folder, lambda what, part: None)
+    assert len(report.read_origin(folder)["sessions"]) == 2
+    resumed, expected = (bench.read_records(run / "records.jsonl") for run in (folder, whole))
     assert resumed.keys() == expected.keys()
     for key, record in expected.items():
         if key[0] != "cost":
@@ -459,10 +463,11 @@ def test_configs_survive_json():
 
 def test_command_line(tmp_path):
     runs = ["--runs-dir", str(tmp_path)]
-    config, path = classification.chosen(["--smoke", "--trials", "3", "--training.epochs", "5", *runs])
-    assert (config.trials, config.training.epochs) == (3, 5)
-    assert classification.chosen(["--resume", str(path)]) == (config, path)
-    assert len(report.read_origin(path)["sessions"]) == 2
+    given = ["--smoke", "--trials", "3", "--training.epochs", "5", *runs]
+    config, name, path = classification.chosen(given)
+    assert (config.trials, config.training.epochs, name, path) == (3, 5, "smoke", None)
+    path = report.start_run(tmp_path, "classification-smoke", config)
+    assert classification.chosen(["--resume", str(path)])[::2] == (config, path)
     chosen = classification.chosen(["--config", "cifar100", *runs])[0]
     assert chosen == dataclasses.replace(CONFIGS["cifar100"], runs_dir=tmp_path)
     for option in (["--trials", "3"], ["--config", "digits"]):
@@ -502,10 +507,13 @@ def test_settings_that_cannot_work_are_named(change, named):
 
 @of_one_study
 def test_trials_of_other_settings_are_not_reused(finished, tmp_path):
-    _, whole, _ = finished
-    (tmp_path / "records.jsonl").write_text((whole / "records.jsonl").read_text())
+    made, whole, _ = finished
+    folder = report.start_run(tmp_path, "classification-tiny", TINY)
+    text = (whole / "records.jsonl").read_text()
+    changed = text.replace('"knobs": {"learning_rate": ', '"knobs": {"learning_rate": 1')
+    (folder / "records.jsonl").write_text(changed)
     with pytest.raises(ValueError, match="made by other code"):
-        study.run(dataclasses.replace(TINY, tuning_seed=101), tmp_path, lambda what, part: None)
+        study.run(made, folder, lambda what, part: None)
 
 
 def test_help_teaches():
@@ -526,6 +534,7 @@ def test_help_teaches():
 def test_a_command_that_cannot_work_says_so(arguments, message, tmp_path):
     with pytest.raises((ValueError, OSError), match=message):
         classification.main([*arguments, "--runs-dir", str(tmp_path), "--training.epochs", "1"])
+    assert arguments[0] == "--smoke" or not list(tmp_path.iterdir()), "no folder for nothing"
 
 
 def test_quickstart(tmp_path, monkeypatch, capsys):

@@ -14,10 +14,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from experiments.classification import report, study
-from experiments.classification.configs import CONFIGS, Config, check
+from experiments.classification.bench import make_bench
+from experiments.classification.configs import CONFIGS, Config
 from experiments.classifier import Recipe
-from experiments.peers import PEERS
-from experiments.report import Section, resume_run, start_run
+from experiments.report import Section, saved_config, start_run
 
 PROGRAM = "classification"
 COMMAND = f"python -m experiments.{PROGRAM}"
@@ -32,8 +32,8 @@ Configurations: {", ".join(CONFIGS)}. --smoke is short for --config smoke. Below
 chosen configuration, any of which can be overridden."""
 
 
-def chosen(arguments: list[str]) -> tuple[Config, pathlib.Path]:
-    """The config, and the folder of its run: a new one, or the one to resume."""
+def chosen(arguments: list[str]) -> tuple[Config, str, pathlib.Path | None]:
+    """The config, its name, and the folder to resume if there is one."""
     parser = argparse.ArgumentParser(prog=COMMAND, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", choices=list(CONFIGS))
     parser.add_argument("--smoke", action="store_const", const="smoke", dest="config")
@@ -42,11 +42,10 @@ def chosen(arguments: list[str]) -> tuple[Config, pathlib.Path]:
     if known.resume is None or "--help" in others or "-h" in others:
         name = known.config or "digits"
         config = tyro.cli(Config, prog=COMMAND, description=USAGE, default=CONFIGS[name], args=others)
-        check(config, PEERS)
-        return config, start_run(config.runs_dir, f"{PROGRAM}-{name}", config)
+        return config, name, None
     if others or known.config:
         raise ValueError("--resume takes every setting from its folder: leave the other options out")
-    return restored(resume_run(known.resume, PROGRAM)["config"]), known.resume
+    return restored(saved_config(known.resume, PROGRAM)), "", known.resume
 
 
 def restored(values: dict[str, Any]) -> Config:
@@ -98,10 +97,12 @@ def show(console: Console, sections: list[Section]) -> None:
 def main(arguments: list[str]) -> pathlib.Path:
     console = Console()
     start = time.perf_counter()
-    config, path = chosen(arguments)
+    config, name, path = chosen(arguments)
+    bench = make_bench(config)
+    path = path or start_run(config.runs_dir, f"{PROGRAM}-{name}", config)
     console.print(f"{path} (interrupted? --resume {path})", soft_wrap=True, highlight=False)
     with progress_bar(console, study.amount_of_work(config)) as progress:
-        bench = study.run(config, path, progress)
+        study.run(bench, path, progress)
     sections = report.write_report(f"Unlearning on {config.dataset}", path, bench)
     show(console, sections)
     console.print(f"{time.perf_counter() - start:.0f} s. All of it: {path / 'report.html'}", soft_wrap=True)

@@ -1,21 +1,22 @@
 """What a study works with: data, classifier, compiled methods, and the records of what is done."""
 
+import contextlib
 import fcntl
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments import images
-from experiments.classification.configs import Config
+from experiments.classification.configs import Config, check
 from experiments.classifier import MODELS, Classifier, Trainer, calibration, make_classifier, make_trainer
 from experiments.forget_sets import Task, wrong_labels
-from experiments.peers import Peer
+from experiments.peers import PEERS, Peer
 from experiments.unlearning import Run, Unlearner, make_plan, make_unlearn, make_unlearner, number_of_steps
 
 
@@ -43,7 +44,9 @@ class Outputs(NamedTuple):
     test: np.ndarray
 
 
-def make_bench(config: Config, peers: Mapping[str, Peer]) -> Bench:
+def make_bench(config: Config, peers: Mapping[str, Peer] = PEERS) -> Bench:
+    """ValueError or OSError for a setting that cannot work, or data that is not there."""
+    check(config, PEERS)
     pools = images.load(config.dataset, config.data_dir)
     data = images.partition(
         *pools,
@@ -85,22 +88,14 @@ def make_bench(config: Config, peers: Mapping[str, Peer]) -> Bench:
     return Bench(config, peers, data, on_device.train, wrong, *models)
 
 
-class Records:
-    """The finished pieces of a study, kept in a file of JSON lines from which it resumes.
+RecordsByKey = dict[tuple, dict[str, Any]]
 
-    One process at a time may write; others read with `read_records`.
-    """
 
-    def __init__(self, path: pathlib.Path):
-        self.file = path.open("a+b")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process is writing to {path}: wait for it, or stop it") from error
-        self.file.seek(0)
-        # A run that was killed may have left half a line.
-        self.file.truncate(self.file.read().rfind(b"\n") + 1)
-        self.by_key = read_records(path)
+class Records(NamedTuple):
+    """The finished pieces of a study by their keys, and the file of JSON lines from which it resumes."""
+
+    by_key: RecordsByKey
+    file: BinaryIO
 
     def get(self, key: tuple, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The record of that key, made and written now if there is none yet."""
@@ -111,11 +106,19 @@ class Records:
             self.by_key[key] = record
         return self.by_key[key]
 
-    def close(self) -> None:
-        self.file.close()
 
-
-RecordsByKey = dict[tuple, dict[str, Any]]
+@contextlib.contextmanager
+def open_records(path: pathlib.Path) -> Iterator[Records]:
+    """The records, for this process alone to add to; ValueError if another one does."""
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is writing to {path}: wait for it, or stop it") from error
+        file.seek(0)
+        # A run that was killed may have left half a line.
+        file.truncate(file.read().rfind(b"\n") + 1)
+        yield Records(read_records(path), file)
 
 
 def read_records(path: pathlib.Path) -> RecordsByKey:

@@ -11,12 +11,12 @@ import numpy as np
 
 from eupmu_jax.evaluation.membership import FEATURES
 from experiments.classification.attacks import attack_by_likelihood_ratio, make_relearning
-from experiments.classification.bench import Bench, Outputs, Records, make_bench
-from experiments.classification.configs import Config, check
+from experiments.classification.bench import Bench, Outputs, Records, open_records
+from experiments.classification.configs import Config
 from experiments.classification.scores import accuracies, against_retrain, full_scores, step_cost
 from experiments.classification.tuning import blind_score, settings_to_try
 from experiments.forget_sets import Task, make_task
-from experiments.peers import PEERS, Peer
+from experiments.report import note_session
 
 Entries = Mapping[str, tuple[str, dict[str, float]]]
 Progress = Callable[[str, float], None]
@@ -38,48 +38,40 @@ class Desk(NamedTuple):
     retrained_outputs: dict[int, Outputs]
 
 
-def run(config: Config, path: pathlib.Path, progress: Progress) -> Bench:
+def run(bench: Bench, path: pathlib.Path, progress: Progress) -> None:
     """Completes the whole study's records in `path`, all methods tuned.
 
     progress(what, part) reports parts of all that `amount_of_work` counts.
     """
-    check(config, PEERS)
-    bench, records = make_bench(config, PEERS), Records(path / "records.jsonl")
-    seeds = (config.tuning_seed, *config.training_seeds)
-    tasks = [saved_task(bench, path, spec) for spec in config.tasks]
-    originals = trained(bench, path, "original", np.arange(bench.data.train.size), seeds, progress)
-    for task in tasks:
-        desk = make_desk(bench, path, records, task, originals, progress)
+    config = bench.config
+    with open_records(path / "records.jsonl") as records:
+        note_session(path)
+        seeds = (config.tuning_seed, *config.training_seeds)
+        tasks = [saved_task(bench, path, spec) for spec in config.tasks]
+        originals = trained(bench, path, "original", np.arange(bench.data.train.size), seeds, progress)
+        for task in tasks:
+            desk = make_desk(bench, path, records, task, originals, progress)
+            for method in config.methods:
+                tune_and_unlearn(desk, method)
         for method in config.methods:
-            tune_and_unlearn(desk, method)
-    for method in config.methods:
-        measure_cost(bench, records, tasks[0], method, originals)
-    attacked = next((task for task in tasks if task.name.startswith("random:")), None)
-    if attacked and config.shadows:
-        attack_by_likelihood_ratio(bench, records, attacked, progress)
-    records.close()
-    return bench
+            measure_cost(bench, records, tasks[0], method, originals)
+        attacked = next((task for task in tasks if task.name.startswith("random:")), None)
+        if attacked and config.shadows:
+            attack_by_likelihood_ratio(bench, records, attacked, progress)
 
 
-def run_entries(
-    config: Config,
-    path: pathlib.Path,
-    progress: Progress,
-    entries: Entries,
-    peers: Mapping[str, Peer] = PEERS,
-) -> Bench:
-    """Completes the records of methods with given knobs: name -> (a name in `peers`, its knobs)."""
-    check(config, PEERS)
-    bench, records = make_bench(config, peers), Records(path / "records.jsonl")
-    tasks = [saved_task(bench, path, spec) for spec in config.tasks]
-    everything = np.arange(bench.data.train.size)
-    originals = trained(bench, path, "original", everything, config.training_seeds, progress)
-    for task in tasks:
-        desk = make_desk(bench, path, records, task, originals, progress)
-        for name, (method, knobs) in entries.items():
-            unlearn(desk, name, method, knobs)
-    records.close()
-    return bench
+def run_entries(bench: Bench, path: pathlib.Path, progress: Progress, entries: Entries) -> None:
+    """Completes the records of methods with given knobs: name -> (a name in the bench's peers, its knobs)."""
+    config = bench.config
+    with open_records(path / "records.jsonl") as records:
+        note_session(path)
+        tasks = [saved_task(bench, path, spec) for spec in config.tasks]
+        everything = np.arange(bench.data.train.size)
+        originals = trained(bench, path, "original", everything, config.training_seeds, progress)
+        for task in tasks:
+            desk = make_desk(bench, path, records, task, originals, progress)
+            for name, (method, knobs) in entries.items():
+                unlearn(desk, name, method, knobs)
 
 
 def amount_of_work(config: Config, entries: int | None = None) -> float:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from experiments.classification import study
 from experiments.classification.__main__ import progress_bar
-from experiments.classification.bench import read_records
+from experiments.classification.bench import make_bench, read_records
 from experiments.classification.configs import FASHION_MNIST
 from experiments.classification.report import describe, runs_frame
 from experiments.images import FASHION_MNIST_DIR
@@ -27,8 +27,8 @@ from experiments.report import (
     Section,
     grid,
     plain_numbers,
-    resume_run,
     save,
+    saved_config,
     start_run,
     write_csv,
     write_markdown,
@@ -163,11 +163,10 @@ def main(config: Config) -> None:
     console = Console()
     start = time.perf_counter()
     if config.resume:
-        saved = resume_run(config.resume, "knobs")["config"]
+        saved = saved_config(config.resume, "knobs")
         config = dataclasses.replace(
             config, tasks=tuple(saved["tasks"]), training_seeds=tuple(saved["training_seeds"])
         )
-    path = config.resume or start_run(config.runs_dir, "knobs", config)
     study_config = dataclasses.replace(
         FASHION_MNIST,
         data_dir=config.data_dir,
@@ -180,9 +179,11 @@ def main(config: Config) -> None:
     varied = variations()
     peers = {name: one.peer for name, one in varied.items()}
     entries = {name: (name, one.knobs) for name, one in varied.items()}
+    bench = make_bench(study_config, peers)
+    path = config.resume or start_run(config.runs_dir, "knobs", config)
     console.print(f"{path} (interrupted? --resume {path})", soft_wrap=True, highlight=False)
     with progress_bar(console, study.amount_of_work(study_config, len(entries))) as progress:
-        bench = study.run_entries(study_config, path, progress, entries, peers)
+        study.run_entries(bench, path, progress, entries)
     runs = runs_frame(read_records(path / "records.jsonl"))
     runs = runs[runs["method"].isin(list(varied))]
     runs.insert(0, "knob", runs["method"].map(lambda name: varied[name].knob))

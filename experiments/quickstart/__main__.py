@@ -11,6 +11,7 @@ from rich.console import Console
 
 from experiments.classification import report, study
 from experiments.classification.__main__ import progress_bar, show
+from experiments.classification.bench import make_bench
 from experiments.classification.configs import CONFIGS
 from experiments.images import FASHION_MNIST_DIR
 from experiments.report import start_run
@@ -59,7 +60,6 @@ def entries(config: Config) -> dict[str, tuple[str, dict[str, float]]]:
 def main(config: Config) -> None:
     console = Console()
     start = time.perf_counter()
-    path = start_run(config.runs_dir, f"quickstart-{config.dataset}", config)
     base = CONFIGS[config.dataset]
     study_config = dataclasses.replace(
         base,
@@ -69,9 +69,10 @@ def main(config: Config) -> None:
         training_seeds=(config.seed,),
         unlearning_seeds=(config.seed,),
     )
-    chosen = entries(config)
+    bench, chosen = make_bench(study_config), entries(config)
+    path = start_run(config.runs_dir, f"quickstart-{config.dataset}", config)
     with progress_bar(console, study.amount_of_work(study_config, len(chosen))) as progress:
-        bench = study.run_entries(study_config, path, progress, chosen)
+        study.run_entries(bench, path, progress, chosen)
     sections = report.write_report(f"Quickstart: {config.dataset}", path, bench)
     show(console, sections)
     console.print(f"{time.perf_counter() - start:.0f} s. All of it: {path / 'report.html'}", soft_wrap=True)
