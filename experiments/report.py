@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import html
 import importlib.metadata
+import io
 import json
 import pathlib
 import platform
@@ -19,8 +20,14 @@ import pandas as pd
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from PIL import Image
 
-REFERENCES = {"Original": "X", "Retrain": "*"}
+OTHER_SEED = "Retrain, other seed"
+REFERENCES = {
+    "Original": {"color": "black", "marker": "X"},
+    "Retrain": {"color": "black", "marker": "*"},
+    OTHER_SEED: {"color": "grey", "marker": "*"},
+}
 
 # A pandas.DataFrame; the types that pandas declares for its cells defeat the type checker.
 Frame = Any
@@ -55,9 +62,10 @@ def saved_config(path: pathlib.Path, program: str) -> dict[str, Any]:
 
 
 def note_session(path: pathlib.Path) -> None:
-    """Adds what runs now, and on what, to the run's origin."""
-    origin = read_origin(path)
-    write_origin(path, origin | {"sessions": [*origin["sessions"], session()]})
+    """Adds what runs now, and on what, to the run's origin if it is not what ran last."""
+    origin, now = read_origin(path), session()
+    if [one | {"date": None} for one in origin["sessions"][-1:]] != [now | {"date": None}]:
+        write_origin(path, origin | {"sessions": [*origin["sessions"], now]})
 
 
 def write_origin(path: pathlib.Path, origin: dict[str, Any]) -> None:
@@ -186,13 +194,12 @@ def write_page(path: pathlib.Path, title: str, sections: list[Section], origin: 
 
 
 def styles(methods: list[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each method, the same in every picture; the two references are black."""
-    references = {name: {"color": "black", "marker": marker} for name, marker in REFERENCES.items()}
-    others = [method for method in methods if method not in references]
-    strong_first = [*range(0, 20, 2), *range(1, 20, 2)]
+    """Colour and marker of each method, the same in every picture; EUPMU has the strongest colours."""
+    others = sorted((m for m in methods if m not in REFERENCES), key=lambda m: not m.startswith("EUPMU"))
+    strong_first = [6, 0, 4, 2, 8, 10, 12, 14, 16, 18, *range(1, 20, 2)]
     colour = lambda i: plt.get_cmap("tab20")(strong_first[i % 20])
-    looks = {m: {"color": colour(i), "marker": "osD^vP"[i // 5 % 6]} for i, m in enumerate(others)}
-    return references | looks
+    looks = {m: {"color": colour(i), "marker": "DosvP^"[i // 4 % 6]} for i, m in enumerate(others)}
+    return {method: REFERENCES.get(method) or looks[method] for method in methods}
 
 
 def plain_numbers(*axes) -> None:
@@ -223,5 +230,9 @@ def save(figure, path: pathlib.Path, legend: int = 0) -> None:
             handles, labels = axis.get_legend_handles_labels()
             named |= dict(zip(labels, handles, strict=True))
         figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=legend)
-    figure.savefig(path, dpi=90)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=90)
     plt.close(figure)
+    # A palette is enough for lines and marks, in a third of the bytes.
+    palette = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+    palette.save(path, optimize=True)

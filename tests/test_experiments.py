@@ -372,14 +372,14 @@ def test_a_study_reports_everything_it_should(finished):
     assert work == pytest.approx(study.amount_of_work(TINY))
     study_report.write_report("Tiny", path, made)
     runs = report.read_csv(path / "runs.csv")
-    references = {"Original", "Retrain", study.OTHER_SEED}
+    references = {"Original", "Retrain", report.OTHER_SEED}
     tuning = runs["training_seed"] == TINY.tuning_seed
     assert set(runs[tuning]["method"]) == references, "the tuning model is not reported"
     runs = runs[~tuning]
     names = {*TINY.methods, *references, "constant at EUPMU lagged"}
     assert set(runs["method"]) == names
     assert len(runs) == 2 * len(names)
-    assert np.all(runs.loc[runs["method"] == study.OTHER_SEED, "gap"] > 0)
+    assert np.all(runs.loc[runs["method"] == report.OTHER_SEED, "gap"] > 0)
     assert np.all(runs.loc[runs["method"].isin(TINY.methods), "knob learning_rate"] > 0)
     of_retrain = runs[runs["method"] == "Retrain"]
     assert np.all(of_retrain["gap"] == 0)
@@ -444,7 +444,10 @@ def test_an_interrupted_study_ends_like_an_uninterrupted_one(finished, tmp_path)
     assert 0 < len(half.splitlines()) < len((whole / "records.jsonl").read_text().splitlines())
     path.write_text(half + '{"key": ["ru')
     study.run(bench.make_bench(TINY), folder, lambda what, part: None)
-    assert len(report.read_origin(folder)["sessions"]) == 2
+    (first,) = report.read_origin(folder)["sessions"]
+    report.write_origin(folder, report.read_origin(folder) | {"sessions": [first | {"commit": "other"}]})
+    report.note_session(folder)
+    assert len(report.read_origin(folder)["sessions"]) == 2, "other code was noted"
     resumed, expected = (bench.read_records(run / "records.jsonl") for run in (folder, whole))
     assert resumed.keys() == expected.keys()
     for key, record in expected.items():

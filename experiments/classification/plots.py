@@ -40,7 +40,7 @@ def plot_front(path: pathlib.Path, runs: Frame, trials: Frame, looks, column: st
                 axis.scatter(*points.T, s=12, alpha=0.5, **look)
                 if len(points):
                     axis.plot(*front(points).T, color=look["color"], alpha=0.35, linewidth=1)
-            style = {"s": 320, "zorder": 6} if method == "Retrain" else {"s": 75, "zorder": 4}
+            style = {"s": 320, "zorder": 6} if method.startswith("Retrain") else {"s": 75, "zorder": 4}
             axis.scatter(*means.loc[method], label=method, edgecolors="white", **style, **look)
         error, utility = means.loc["Retrain"]
         axis.set(title=f"forget {task}", xlabel="forget error UA (%)", ylabel=f"{label} (%)")
@@ -110,7 +110,7 @@ def plot_classes(path: pathlib.Path, runs, records: RecordsByKey, tasks, looks) 
 
     for axis, task in zip(axes, tasks, strict=True):
         gaps = runs[(runs["task"] == task) & runs["method"].isin(looks)].groupby("method")["gap"].mean()
-        ranked = list(gaps.drop(list(REFERENCES)).sort_values().index)
+        ranked = list(gaps.drop(list(REFERENCES), errors="ignore").sort_values().index)
         eupmu = [method for method in ranked if method.startswith("EUPMU")][:2]
         shown = ["Original", *dict.fromkeys([*ranked[:5], *eupmu])]
         retrain = of_classes(task, "Retrain")

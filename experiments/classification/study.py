@@ -16,13 +16,11 @@ from experiments.classification.configs import Config
 from experiments.classification.scores import accuracies, against_retrain, full_scores, step_cost
 from experiments.classification.tuning import blind_score, settings_to_try
 from experiments.forget_sets import Task, make_task
-from experiments.report import note_session
+from experiments.report import OTHER_SEED, note_session
 
 Entries = Mapping[str, tuple[str, dict[str, float]]]
 Progress = Callable[[str, float], None]
 Models = dict[int, tuple[Any, float]]
-
-OTHER_SEED = "Retrain, other seed"
 
 
 class Desk(NamedTuple):
