@@ -97,8 +97,9 @@ def make_classifier(model: nn.Module) -> Classifier:
 
 
 def calibration(examples: Examples, rows: Any) -> Any:
-    """Images of those rows, or of a part of them, in twenty batches [20, 250, ...]."""
-    return examples.x[jnp.resize(rows, (20, 250))]
+    """Images of those rows, or of the first 5,000, in batches [k, 250, ...]; the last is filled up."""
+    batches = min(20, -(-len(rows) // 250))
+    return examples.x[jnp.resize(rows, (batches, 250))]
 
 
 def augment(key: jax.Array, x: jax.Array) -> jax.Array:

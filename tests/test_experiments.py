@@ -541,7 +541,9 @@ def test_a_command_that_cannot_work_says_so(arguments, message, tmp_path):
 
 
 def test_quickstart(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(CONFIGS, "digits", dataclasses.replace(TINY, shadows=0))
+    sizes = {"train_size": None, "validation_size": 360, "test_size": None}
+    longer = dataclasses.replace(RECIPE, epochs=15)
+    monkeypatch.setitem(CONFIGS, "digits", dataclasses.replace(TINY, training=longer, **sizes))
     quickstart.main(quickstart.Config(runs_dir=tmp_path))
     (path,) = tmp_path.iterdir()
     printed = capsys.readouterr().out
