@@ -1,7 +1,6 @@
 """Compare unlearning methods on a classification data set, tuned blindly and attacked."""
 
 import argparse
-import contextlib
 import pathlib
 import sys
 import time
@@ -9,15 +8,13 @@ from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from experiments.classification import report, study
 from experiments.classification.bench import make_bench
 from experiments.classification.configs import CONFIGS, Config
 from experiments.classifier import Recipe
-from experiments.report import Section, saved_config, start_run
+from experiments.report import saved_config, start_run
+from experiments.terminal import progress_bar, show
 
 PROGRAM = "classification"
 COMMAND = f"python -m experiments.{PROGRAM}"
@@ -57,41 +54,6 @@ def restored(values: dict[str, Any]) -> Config:
     paths = {name: values[name] and pathlib.Path(values[name]) for name in ("data_dir", "runs_dir")}
     given: dict[str, Any] = fields(values) | paths | {"training": Recipe(**fields(values["training"]))}
     return Config(**given)
-
-
-@contextlib.contextmanager
-def progress_bar(console: Console, total: float):
-    """progress(what, part): a bar, or a line now and then where there is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    shown = console.is_terminal
-    last = 0.0
-    with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
-        task = bar.add_task("", total=total)
-
-        def progress(what: str, part: float) -> None:
-            nonlocal last
-            bar.update(task, description=escape(what), advance=part)
-            if not shown and time.monotonic() - last > 30:
-                last = time.monotonic()
-                console.print(f"{bar.tasks[0].percentage:3.0f}% {escape(what)}", highlight=False)
-
-        yield progress
-
-
-def show(console: Console, sections: list[Section]) -> None:
-    """The main tables in the terminal."""
-    for section in sections:
-        frame, *texts = section
-        names = [name for name in ("UA", "RA", "TA", "MIA", "gap", "seconds") if name in frame.columns]
-        out = Table(title=section.title, title_justify="left")
-        out.add_column("method", no_wrap=True)
-        for name in names:
-            out.add_column(name, justify="right")
-        for method, cells in frame[names].iterrows():
-            out.add_row(escape(str(method)), *cells)
-        console.print(out)
-        for text in texts:
-            console.print(text, highlight=False, end="\n\n")
 
 
 def main(arguments: list[str]) -> pathlib.Path:

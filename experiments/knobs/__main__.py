@@ -14,7 +14,6 @@ import tyro
 from rich.console import Console
 
 from experiments.classification import study
-from experiments.classification.__main__ import progress_bar
 from experiments.classification.bench import make_bench, read_records
 from experiments.classification.configs import FASHION_MNIST
 from experiments.classification.report import describe, runs_frame
@@ -34,6 +33,7 @@ from experiments.report import (
     write_markdown,
     write_page,
 )
+from experiments.terminal import progress_bar
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 BASE = {"learning_rate": 0.01, "demand": 0.03}
