@@ -76,7 +76,9 @@ def describe(path: pathlib.Path, bench: Bench) -> dict[str, Any]:
     """Where the results in `path` come from."""
     sizes = {part: examples.size for part, examples in bench.data._asdict().items()}
     of_steps = {"steps": bench.steps, "forget and retain examples per step": bench.config.batch_size}
-    return read_origin(path) | of_steps | {"sizes": sizes}
+    origin = read_origin(path)
+    del origin["config"]["runs_dir"]  # a place on this machine, and no part of the results
+    return origin | of_steps | {"sizes": sizes}
 
 
 def write_report(title: str, path: pathlib.Path, bench: Bench) -> list[Section]:

@@ -22,6 +22,7 @@ from experiments.peers import Peer
 from experiments.peers.eupmu import eupmu
 from experiments.peers.random_labels import random_labels
 from experiments.report import (
+    REFERENCES,
     Frame,
     Section,
     grid,
@@ -185,9 +186,11 @@ def main(config: Config) -> None:
     with progress_bar(console, study.amount_of_work(study_config, len(entries))) as progress:
         study.run_entries(bench, path, progress, entries)
     runs = runs_frame(read_records(path / "records.jsonl"))
-    runs = runs[runs["method"].isin(list(varied))]
-    runs.insert(0, "knob", runs["method"].map(lambda name: varied[name].knob))
-    runs.insert(1, "value", runs["method"].map(lambda name: varied[name].value))
+    names = {name: (one.knob, one.value) for name, one in varied.items()}
+    names |= {name: ("references", name) for name in REFERENCES}
+    runs = runs[runs["method"].isin(list(names))]
+    runs.insert(0, "knob", runs["method"].map(lambda name: names[name][0]))
+    runs.insert(1, "value", runs["method"].map(lambda name: names[name][1]))
     origin = describe(path, bench)
     write_csv(path / "runs.csv", runs.drop(columns="method"), origin)
     plot_rates(path / "rates.png", runs)
