@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from eupmu_jax import budget as budget_lib
 from eupmu_jax.losses import Losses, accumulation_dtype, objective
 
 
@@ -15,6 +16,7 @@ class SurgeryState(NamedTuple):
     """All that implicit surgery remembers: O(K) scalars, in the multiplier's dtype.
 
     The losses are those of the last applied step, so a lagged violation has its predecessor.
+    `dual_state` is the dual optimiser's, or a BudgetState.
     """
 
     multiplier: jax.Array
@@ -22,6 +24,7 @@ class SurgeryState(NamedTuple):
     forget_loss: jax.Array
     retain_loss: jax.Array
     violation: jax.Array
+    infeasible: jax.Array
     applied_steps: jax.Array
     skipped_steps: jax.Array
 
@@ -34,11 +37,15 @@ class SurgeryInfo(NamedTuple):
       retain_loss: R(theta_t), shape [] or [K], likewise.
       violation: of the latest dual step, [] or [K]; <= 0 where the tolerance was kept. In units of
         the (log) retain loss per step, per unit of step length for the directional measure; 0
-        before the first dual step.
+        before the first dual step. With a budget it is smoothed R - R_0 - budget, in the loss's
+        units.
       multiplier: as `multiplier` returns it, [] or [K].
       skipped_steps: int32 [], bad steps since init; a skipped step changes nothing else here.
+      infeasible: bool, [] or [K]: whether the budget looks out of reach, since the retain loss has
+        stayed above it although (nearly) the whole weight is on it: lower the learning rate or
+        raise the budget. It is cleared when the loss comes down; always False without a budget.
 
-    All but the last are float32, or float64 where the multiplier is.
+    The others are float32, or float64 where the multiplier is.
 
     Source: ours.
     """
@@ -48,21 +55,49 @@ class SurgeryInfo(NamedTuple):
     violation: jax.Array
     multiplier: jax.Array
     skipped_steps: jax.Array
+    infeasible: jax.Array
 
 
 class Dual(NamedTuple):
-    """The settings of the dual side, checked once; `log_losses` says what the tolerance bounds."""
+    """The settings of the dual side, checked once.
+
+    Either a tolerance for each step, whose violation the optimizer follows (`log_losses` says what
+    it bounds), or a budget for all steps together, whose controller has no settings.
+    """
 
     tolerance: Any
     optimizer: optax.GradientTransformationExtraArgs
     initial_multiplier: Any
     log_losses: bool
     normalize_weights: bool
+    budget: Any
+    retain_baseline: Any
 
 
-def make_dual(tolerance, dual_optimizer, initial_multiplier, log_losses, normalize_weights) -> Dual:
+def make_dual(
+    tolerance,
+    dual_optimizer,
+    initial_multiplier,
+    log_losses,
+    normalize_weights,
+    budget=None,
+    retain_baseline=None,
+) -> Dual:
     """Checks what is concrete (a traced hyper-parameter is taken as it is) and fills the defaults."""
     check_tolerance(tolerance, np.shape(initial_multiplier))
+    check_budget(budget, retain_baseline, np.shape(initial_multiplier))
+    if budget is not None:
+        clashes = {
+            "a tolerance": callable(tolerance) or (not isinstance(tolerance, Tracer) and np.any(tolerance)),
+            "a dual_optimizer": dual_optimizer is not None,
+            "log_losses=True": log_losses,
+            "normalize_weights=False": normalize_weights is not None and not normalize_weights,
+        }
+        if refused := [what for what, given in clashes.items() if given]:
+            raise ValueError(
+                f"budget cannot be combined with {' and '.join(refused)}: it has a controller of its own, "
+                "which bounds the raw retain loss over the whole run; drop one of them"
+            )
     if np.ndim(initial_multiplier) > 1 or np.size(initial_multiplier) == 0:
         raise ValueError(
             f"initial_multiplier must be a scalar or of shape [K], got shape {np.shape(initial_multiplier)}"
@@ -71,6 +106,10 @@ def make_dual(tolerance, dual_optimizer, initial_multiplier, log_losses, normali
         concrete = as_numbers(initial_multiplier, "initial_multiplier")
         if not (np.all(np.isfinite(concrete)) and np.all(concrete >= 0)):
             raise ValueError(f"initial_multiplier must be finite and >= 0, got {initial_multiplier}")
+        if budget is not None and not np.all(concrete > 0):
+            raise ValueError(
+                f"initial_multiplier must be > 0 with a budget, which scales it, got {initial_multiplier}"
+            )
     if dual_optimizer is None:
         dual_optimizer = optax.adam(0.05)
     check_transformation(dual_optimizer, "dual_optimizer")
@@ -80,6 +119,8 @@ def make_dual(tolerance, dual_optimizer, initial_multiplier, log_losses, normali
         initial_multiplier,
         bool(log_losses),
         True if normalize_weights is None else bool(normalize_weights),
+        budget,
+        retain_baseline,
     )
 
 
@@ -113,6 +154,29 @@ def check_tolerance(tolerance, utilities: tuple[int, ...]) -> None:
         raise ValueError(f"tolerance must be finite, got {tolerance}")
 
 
+def check_budget(budget, retain_baseline, utilities: tuple[int, ...]) -> None:
+    """ValueError for a budget or baseline that cannot be kept by a retain loss of shape `utilities`."""
+    if budget is None:
+        if retain_baseline is not None:
+            raise ValueError("retain_baseline is where a budget counts from: give budget=, too")
+        return
+    for name, value in (("budget", budget), ("retain_baseline", retain_baseline)):
+        if value is None or isinstance(value, Tracer):
+            continue
+        numbers = as_numbers(value, name)
+        if np.shape(value) not in ((), utilities):
+            raise ValueError(
+                f"{name} must be a scalar or have the shape {utilities} of the multiplier, "
+                f"got shape {np.shape(value)}"
+            )
+        if not np.all(np.isfinite(numbers)):
+            raise ValueError(f"{name} must be finite, got {value}")
+        if name == "budget" and not np.all(numbers > 0):
+            raise ValueError(
+                f"budget must be > 0, the increase of the retain loss that the whole run may cost, got {value}"
+            )
+
+
 def init(dual: Dual) -> SurgeryState:
     """lambda_0, and zeros for what has not been observed yet."""
     given = dual.initial_multiplier
@@ -121,10 +185,15 @@ def init(dual: Dual) -> SurgeryState:
     multiplier = jnp.array(given, dtype, copy=True)
     return SurgeryState(
         multiplier=multiplier,
-        dual_state=dual.optimizer.init(jnp.copy(multiplier)),
+        dual_state=(
+            dual.optimizer.init(jnp.copy(multiplier))
+            if dual.budget is None
+            else budget_lib.init(multiplier, dual.retain_baseline)
+        ),
         forget_loss=jnp.zeros([], multiplier.dtype),
         retain_loss=jnp.zeros_like(multiplier),
         violation=jnp.zeros_like(multiplier),
+        infeasible=jnp.zeros(multiplier.shape, bool),
         applied_steps=jnp.zeros([], jnp.int32),
         skipped_steps=jnp.zeros([], jnp.int32),
     )
@@ -155,7 +224,12 @@ def ascend(dual: Dual, state: SurgeryState, violation: jax.Array) -> SurgeryStat
 
 
 def ascend_lagged(dual: Dual, state: SurgeryState, losses: Losses) -> SurgeryState:
-    """The dual step along R_t - R_{t-1} - eps_{t-1}; none while there is no R_{t-1}."""
+    """The dual step from R_t: along R_t - R_{t-1} - eps_{t-1}, or the budget's.
+
+    None while there is no R_{t-1}, or no R_0.
+    """
+    if dual.budget is not None:
+        return spend(dual, state, losses.retain)
     dtype = losses.retain.dtype
     lagged = violation(
         state.retain_loss.astype(dtype),
@@ -164,6 +238,29 @@ def ascend_lagged(dual: Dual, state: SurgeryState, losses: Losses) -> SurgerySta
         dual.log_losses,
     )
     return select(state.applied_steps > 0, ascend(dual, state, lagged), state)
+
+
+def spend(dual: Dual, state: SurgeryState, retain_loss: jax.Array) -> SurgeryState:
+    """The budget controller's step after an observation of the retain loss."""
+    dtype = state.multiplier.dtype
+    budget = jnp.asarray(dual.budget, dtype)
+    start = jnp.asarray(dual.initial_multiplier, dtype)
+    multiplier, dual_state = budget_lib.control(
+        state.dual_state, retain_loss.astype(dtype), budget, start
+    )
+    return state._replace(
+        multiplier=multiplier,
+        dual_state=dual_state,
+        violation=budget_lib.violation(dual_state, budget),
+        infeasible=budget_lib.looks_infeasible(dual_state),
+    )
+
+
+def is_measuring(state: SurgeryState) -> jax.Array:
+    """Whether the parameters must stay where they are, for R_0 is being estimated; a bool []."""
+    if isinstance(state.dual_state, budget_lib.BudgetState):
+        return budget_lib.is_measuring(state.dual_state)
+    return jnp.asarray(False)
 
 
 def is_sound(after: SurgeryState, before: SurgeryState) -> jax.Array:
@@ -247,8 +344,8 @@ def surgery_info(state: Any) -> SurgeryInfo:
       state: as for `multiplier`.
 
     Returns:
-      A `SurgeryInfo`: forget_loss, retain_loss, violation, multiplier and skipped_steps; zeros
-      before the first step.
+      A `SurgeryInfo`: forget_loss, retain_loss, violation, multiplier, skipped_steps and
+      infeasible; zeros before the first step.
 
     Raises:
       ValueError: if there is no such state, or more than one.
@@ -273,4 +370,5 @@ def surgery_info(state: Any) -> SurgeryInfo:
         surgery.violation,
         surgery.multiplier,
         surgery.skipped_steps,
+        surgery.infeasible,
     )

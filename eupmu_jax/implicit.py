@@ -34,6 +34,8 @@ def implicit_surgery(
     initial_multiplier: chex.Numeric = 1.0,
     log_losses: bool | None = None,
     normalize_weights: bool | None = None,
+    budget: chex.Numeric | None = None,
+    retain_baseline: chex.Numeric | None = None,
 ) -> ImplicitSurgery:
     r"""Implicit gradient surgery as the first link of a chain, for people who own their loop.
 
@@ -119,7 +121,8 @@ def implicit_surgery(
             & all_finite(updates)
             & dual_lib.is_sound(stepped, before=state)
         )
-        updates = jax.tree.map(lambda u: jnp.where(usable, u, jnp.zeros_like(u)), updates)
+        moving = usable & ~dual_lib.is_measuring(stepped)
+        updates = jax.tree.map(lambda u: jnp.where(moving, u, jnp.zeros_like(u)), updates)
         return updates, dual_lib.select(usable, stepped, dual_lib.skip(state))
 
     def value_and_grad(losses_fn: LossesFn, has_aux: bool = False, axis_name: AxisName = None):
@@ -134,5 +137,13 @@ def implicit_surgery(
 
         return value_and_grad_fn
 
-    dual = dual_lib.make_dual(tolerance, dual_optimizer, initial_multiplier, log_losses, normalize_weights)
+    dual = dual_lib.make_dual(
+        tolerance,
+        dual_optimizer,
+        initial_multiplier,
+        log_losses,
+        normalize_weights,
+        budget,
+        retain_baseline,
+    )
     return ImplicitSurgery(init_fn, update_fn, value_and_grad)

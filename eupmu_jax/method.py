@@ -38,6 +38,8 @@ def eupmu(
     initial_multiplier: chex.Numeric = 1.0,
     log_losses: bool | None = None,
     normalize_weights: bool | None = None,
+    budget: chex.Numeric | None = None,
+    retain_baseline: chex.Numeric | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""EUPMU: an optimiser that forgets while the retain loss may rise only by a tolerance per step.
@@ -156,6 +158,14 @@ def eupmu(
     check_losses_fn(losses_fn)
     if measure not in MEASURES:
         raise ValueError(f"measure must be one of {', '.join(MEASURES)}; got {measure!r}")
+    if budget is not None:
+        if measure == "directional":
+            raise ValueError(
+                "budget does not go with measure='directional', which does not see what the steps add up to: "
+                "leave measure out"
+            )
+        # A level needs a fresh batch: the one that was just stepped on looks better than the rest.
+        measure = "lagged"
     if inner is None and measure == "lookahead":
         raise ValueError(
             "measure='lookahead' re-evaluates the retain loss after the inner optimiser's update: "
@@ -165,7 +175,15 @@ def eupmu(
         inner = optax.identity()
     dual_lib.check_transformation(inner, "inner")
     optimizer = optax.with_extra_args_support(inner)
-    dual = dual_lib.make_dual(tolerance, dual_optimizer, initial_multiplier, log_losses, normalize_weights)
+    dual = dual_lib.make_dual(
+        tolerance,
+        dual_optimizer,
+        initial_multiplier,
+        log_losses,
+        normalize_weights,
+        budget,
+        retain_baseline,
+    )
 
     def init_fn(params):
         return EupmuState(dual_lib.init(dual), optimizer.init(params))
@@ -217,7 +235,8 @@ def eupmu(
             ascended = dual_lib.ascend(dual, state.surgery, relative - eps())
         usable &= dual_lib.is_sound(ascended, before=state.surgery)
 
-        new_updates, inner_state = jax.lax.cond(usable, inner_update, keep, *step)
+        moving = usable & ~dual_lib.is_measuring(ascended)
+        new_updates, inner_state = jax.lax.cond(moving, inner_update, keep, *step)
         surgery = dual_lib.select(usable, dual_lib.accept(ascended, at.losses), dual_lib.skip(state.surgery))
         return new_updates, EupmuState(surgery, inner_state)
 

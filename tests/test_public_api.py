@@ -45,7 +45,7 @@ def test_state_is_small_and_made_of_arrays():
     tx = eu.eupmu(lambda p, b: eu.Losses(1.0, jnp.ones(3)), optax.sgd(0.1), initial_multiplier=jnp.ones(3))
     leaves = jax.tree.leaves(tx.init(params))
     assert all(isinstance(leaf, jax.Array) and not leaf.weak_type for leaf in leaves)
-    assert sum(leaf.size for leaf in leaves) <= 20
+    assert sum(leaf.size for leaf in leaves) <= 22
 
 
 @pytest.mark.usefixtures("strict")

@@ -1,0 +1,108 @@
+"""The controller that spends a total budget: PID on the logarithm of the multiplier."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# In shares of the budget, the retain loss answers log(multiplier) with a gain near -1 whatever the model,
+# the losses and the learning rate, so that one setting serves all: experiments/README.md derives and measures.
+PROPORTIONAL, INTEGRAL, DERIVATIVE = 3.0, 0.1, 10.0
+SMOOTHING = 0.8
+# The gains hold for observations whose noise is below this share of the budget; noisier ones lower them.
+NOISE = 0.2
+NOISE_MEMORY = 100
+# What is aimed at, and how far above it an observation counts, in shares of the budget.
+TARGET, FAR_ABOVE = 0.97, 4.0
+# Beyond these the weights hardly change, and coming back would take the longer.
+LOWEST, HIGHEST = -5.0, 8.0
+MEASURING_STEPS = 10
+STRAINED_STEPS = 50
+
+
+class BudgetState(NamedTuple):
+    """O(K) scalars: R_0, what the observed losses say, the integral term, and how long R resisted.
+
+    `noise` is the variance of one observation, from successive differences.
+    """
+
+    baseline: jax.Array
+    last: jax.Array
+    smoothed: jax.Array
+    noise: jax.Array
+    integral: jax.Array
+    strained_steps: jax.Array
+    steps: jax.Array
+
+
+def init(multiplier: jax.Array, retain_baseline: Any) -> BudgetState:
+    """R_0 as it was given, or to be measured while `steps` counts up to 0."""
+    zeros = lambda: jnp.zeros_like(multiplier)
+    baseline = zeros() if retain_baseline is None else jnp.asarray(retain_baseline, multiplier.dtype) + zeros()
+    return BudgetState(
+        baseline=baseline,
+        last=zeros(),
+        smoothed=zeros(),
+        noise=zeros(),
+        integral=zeros(),
+        strained_steps=jnp.zeros(multiplier.shape, jnp.int32),
+        steps=jnp.asarray(-MEASURING_STEPS if retain_baseline is None else 0, jnp.int32),
+    )
+
+
+def is_measuring(state: BudgetState) -> jax.Array:
+    """Whether the latest observation went into R_0; a bool []."""
+    return state.steps <= 0
+
+
+def control(
+    state: BudgetState, retain_loss: jax.Array, budget: jax.Array, initial_multiplier: jax.Array
+) -> tuple[jax.Array, BudgetState]:
+    r"""The multiplier after R_t was observed, [] or [K], each utility for itself.
+
+    .. math::
+      e_t &= 0.8\, e_{t-1} + 0.2\, R_t, \qquad e_{-1} = R_0 \\
+      v_t &= (e_t - R_0) / \delta - 0.97 \\
+      g_t &= \min(1, 0.2\, \delta / \sigma_t) \\
+      I_t &= I_{t-1} + 0.1\, g_t v_t \\
+      \lambda_t &= \lambda_0 \exp(g_t (3 v_t + 10 (e_t - e_{t-1}) / \delta) + I_t)
+
+    with sigma_t the standard deviation of one observation, from successive differences. v_t is kept
+    in [-1, 4] and the exponent in [-5, 8], by stopping the integral there; I_0 makes the first
+    multiplier lambda_0.
+
+    Source: ours.
+    """
+    measuring, first = state.steps < 0, state.steps == 0
+    count = (state.steps + MEASURING_STEPS + 1).astype(retain_loss.dtype)
+    baseline = jnp.where(measuring, state.baseline + (retain_loss - state.baseline) / count, state.baseline)
+
+    last = jnp.where(first, retain_loss, state.last)
+    share = 1 / jnp.clip(state.steps, 1, NOISE_MEMORY).astype(retain_loss.dtype)
+    noise = state.noise + share * ((retain_loss - last) ** 2 / 2 - state.noise)
+    before = jnp.where(first, baseline, state.smoothed)
+    smoothed = before + (1 - SMOOTHING) * (retain_loss - before)
+    gain = NOISE * budget / jnp.sqrt(jnp.maximum(noise, (NOISE * budget) ** 2))
+
+    error = jnp.clip((smoothed - baseline) / budget - TARGET, -1, FAR_ABOVE)
+    reaction = gain * (PROPORTIONAL * error + DERIVATIVE * (smoothed - before) / budget)
+    integral = jnp.where(first, -reaction, state.integral + INTEGRAL * gain * error)
+    integral = jnp.clip(integral, LOWEST - reaction, HIGHEST - reaction)
+    exponent = reaction + integral
+
+    strained = (exponent > HIGHEST - 1) & (smoothed > baseline + budget)
+    strained_steps = jnp.clip(state.strained_steps + jnp.where(strained, 1, -1), 0, 2 * STRAINED_STEPS)
+    stepped = BudgetState(baseline, retain_loss, smoothed, noise, integral, strained_steps, state.steps + 1)
+    waiting = state._replace(baseline=baseline, steps=state.steps + 1)
+    stepped = jax.tree.map(lambda new, old: jnp.where(measuring, old, new), stepped, waiting)
+    return initial_multiplier * jnp.exp(jnp.where(measuring | first, 0, exponent)), stepped
+
+
+def violation(state: BudgetState, budget: jax.Array) -> jax.Array:
+    """Smoothed R_t - R_0 - budget, in the loss's units; 0 before the first observation."""
+    return jnp.where(state.steps > 0, state.smoothed - state.baseline - budget, jnp.zeros_like(state.smoothed))
+
+
+def looks_infeasible(state: BudgetState) -> jax.Array:
+    """Whether R stayed above the budget with the multiplier at its end; a bool, [] or [K]."""
+    return state.strained_steps >= STRAINED_STEPS
