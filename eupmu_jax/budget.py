@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 # In shares of the budget, the retain loss answers log(multiplier) with a gain near -1 whatever the model,
-# the losses and the learning rate, so that one setting serves all: experiments/README.md derives and measures.
+# the losses and the learning rate, so that one setting serves all (derived in experiments/README.md).
 PROPORTIONAL, INTEGRAL, DERIVATIVE = 3.0, 0.1, 10.0
 SMOOTHING = 0.8
 # The gains hold for observations whose noise is below this share of the budget; noisier ones lower them.
@@ -14,7 +14,7 @@ NOISE = 0.2
 NOISE_MEMORY = 100
 # What is aimed at, and how far above it an observation counts, in shares of the budget.
 TARGET, FAR_ABOVE = 0.97, 4.0
-# Beyond these the weights hardly change, and coming back would take the longer.
+# Of the exponent: beyond these the weights hardly change, and coming back would take the longer.
 LOWEST, HIGHEST = -5.0, 8.0
 MEASURING_STEPS = 10
 STRAINED_STEPS = 50
@@ -38,9 +38,9 @@ class BudgetState(NamedTuple):
 def init(multiplier: jax.Array, retain_baseline: Any) -> BudgetState:
     """R_0 as it was given, or to be measured while `steps` counts up to 0."""
     zeros = lambda: jnp.zeros_like(multiplier)
-    baseline = zeros() if retain_baseline is None else jnp.asarray(retain_baseline, multiplier.dtype) + zeros()
+    known = zeros() if retain_baseline is None else jnp.asarray(retain_baseline, multiplier.dtype)
     return BudgetState(
-        baseline=baseline,
+        baseline=known + zeros(),
         last=zeros(),
         smoothed=zeros(),
         noise=zeros(),
@@ -56,20 +56,19 @@ def is_measuring(state: BudgetState) -> jax.Array:
 
 
 def control(
-    state: BudgetState, retain_loss: jax.Array, budget: jax.Array, initial_multiplier: jax.Array
+    state: BudgetState, retain_loss: jax.Array, budget: jax.Array, lowest: float = LOWEST
 ) -> tuple[jax.Array, BudgetState]:
-    r"""The multiplier after R_t was observed, [] or [K], each utility for itself.
+    r"""The exponent x_t after R_t was observed, [] or [K], each utility for itself.
 
     .. math::
       e_t &= 0.8\, e_{t-1} + 0.2\, R_t, \qquad e_{-1} = R_0 \\
       v_t &= (e_t - R_0) / \delta - 0.97 \\
       g_t &= \min(1, 0.2\, \delta / \sigma_t) \\
       I_t &= I_{t-1} + 0.1\, g_t v_t \\
-      \lambda_t &= \lambda_0 \exp(g_t (3 v_t + 10 (e_t - e_{t-1}) / \delta) + I_t)
+      x_t &= g_t (3 v_t + 10 (e_t - e_{t-1}) / \delta) + I_t, \qquad \lambda_t = \lambda_0 e^{x_t}
 
     with sigma_t the standard deviation of one observation, from successive differences. v_t is kept
-    in [-1, 4] and the exponent in [-5, 8], by stopping the integral there; I_0 makes the first
-    multiplier lambda_0.
+    in [-1, 4] and x_t in [lowest, 8], by stopping the integral there; I_0 is such that x_0 = 0.
 
     Source: ours.
     """
@@ -87,7 +86,7 @@ def control(
     error = jnp.clip((smoothed - baseline) / budget - TARGET, -1, FAR_ABOVE)
     reaction = gain * (PROPORTIONAL * error + DERIVATIVE * (smoothed - before) / budget)
     integral = jnp.where(first, -reaction, state.integral + INTEGRAL * gain * error)
-    integral = jnp.clip(integral, LOWEST - reaction, HIGHEST - reaction)
+    integral = jnp.clip(integral, lowest - reaction, HIGHEST - reaction)
     exponent = reaction + integral
 
     strained = (exponent > HIGHEST - 1) & (smoothed > baseline + budget)
@@ -95,12 +94,13 @@ def control(
     stepped = BudgetState(baseline, retain_loss, smoothed, noise, integral, strained_steps, state.steps + 1)
     waiting = state._replace(baseline=baseline, steps=state.steps + 1)
     stepped = jax.tree.map(lambda new, old: jnp.where(measuring, old, new), stepped, waiting)
-    return initial_multiplier * jnp.exp(jnp.where(measuring | first, 0, exponent)), stepped
+    return jnp.where(measuring | first, jnp.zeros_like(exponent), exponent), stepped
 
 
 def violation(state: BudgetState, budget: jax.Array) -> jax.Array:
     """Smoothed R_t - R_0 - budget, in the loss's units; 0 before the first observation."""
-    return jnp.where(state.steps > 0, state.smoothed - state.baseline - budget, jnp.zeros_like(state.smoothed))
+    signed = state.smoothed - state.baseline - budget
+    return jnp.where(state.steps > 0, signed, jnp.zeros_like(signed))
 
 
 def looks_infeasible(state: BudgetState) -> jax.Array:

@@ -173,7 +173,7 @@ def check_budget(budget, retain_baseline, utilities: tuple[int, ...]) -> None:
             raise ValueError(f"{name} must be finite, got {value}")
         if name == "budget" and not np.all(numbers > 0):
             raise ValueError(
-                f"budget must be > 0, the increase of the retain loss that the whole run may cost, got {value}"
+                f"budget must be > 0, the rise of the retain loss that the whole run may cost, got {value}"
             )
 
 
@@ -244,12 +244,15 @@ def spend(dual: Dual, state: SurgeryState, retain_loss: jax.Array) -> SurgerySta
     """The budget controller's step after an observation of the retain loss."""
     dtype = state.multiplier.dtype
     budget = jnp.asarray(dual.budget, dtype)
-    start = jnp.asarray(dual.initial_multiplier, dtype)
-    multiplier, dual_state = budget_lib.control(
-        state.dual_state, retain_loss.astype(dtype), budget, start
+    exponent, dual_state = budget_lib.control(state.dual_state, retain_loss.astype(dtype), budget)
+    return follow(state, dual_state, budget)._replace(
+        multiplier=jnp.asarray(dual.initial_multiplier, dtype) * jnp.exp(exponent)
     )
+
+
+def follow(state: SurgeryState, dual_state: budget_lib.BudgetState, budget: jax.Array) -> SurgeryState:
+    """`state` with what a step of the budget's controller found."""
     return state._replace(
-        multiplier=multiplier,
         dual_state=dual_state,
         violation=budget_lib.violation(dual_state, budget),
         infeasible=budget_lib.looks_infeasible(dual_state),

@@ -5,11 +5,14 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from eupmu_jax import budget as budget_lib
+from eupmu_jax import dual as dual_lib
 from eupmu_jax.dual import check_tolerance
 from eupmu_jax.gradient import all_finite, check_differentiable
-from eupmu_jax.losses import accumulation_dtype
+from eupmu_jax.losses import accumulation_dtype, checked, is_usable
 
 
 def unilateral_projection(
@@ -90,31 +93,45 @@ def unilateral_projection(
     return jax.tree.unflatten(structure, direction), multiplier.reshape(utilities)
 
 
-def explicit_surgery(*, tolerance: chex.Numeric = 0.0) -> optax.GradientTransformationExtraArgs:
-    r"""Exact surgery as a stateless transformation: two gradients in, their projection out.
+def explicit_surgery(
+    *,
+    tolerance: chex.Numeric = 0.0,
+    budget: chex.Numeric | None = None,
+    retain_baseline: chex.Numeric | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Exact surgery as a transformation: two gradients in, their projection out.
 
     .. math:: d_t = g_f + \textstyle\sum_k \lambda_k g_{r,k} \quad\text{at } \theta_t,
        \text{ as in } \texttt{unilateral\_projection}
 
-    It bounds the retain loss to first order and per step: momentum, curvature and batch noise after
-    it are not seen, so over many steps the retain loss drifts upwards.
+    With a tolerance it bounds the retain loss to first order and per step: momentum, curvature and batch
+    noise after it are not seen, so over many steps the retain loss drifts upwards. A budget closes
+    the loop: eupmu's controller follows the observed losses and sets
+
+    .. math:: \epsilon_{t,k} = -x_{t,k} |g_f| |g_{r,k}|, \qquad
+       d_t = \mathrm{projection}(\epsilon_t) / (1 + \textstyle\sum_k \lambda_k)
+
+    from x = 0, plain exact surgery, between x <= -1, where nothing constrains, and 8.
 
     Args:
       tolerance: as for `unilateral_projection`. For a schedule use
         ``optax.inject_hyperparams(explicit_surgery)(tolerance=schedule)``.
+      budget, retain_baseline: as for `eupmu`; [K] for K utilities.
 
     Returns:
-      A GradientTransformationExtraArgs with ``update(forget_grads, state, params, *, retain_grads)``;
-      updates in the dtypes of forget_grads. Where a gradient is not finite the
-      output is zero.
+      A GradientTransformationExtraArgs with ``update(forget_grads, state, params, *, retain_grads)``,
+      stateless, or with a budget ``update(forget_grads, state, params, *, retain_grads, losses)``,
+      whose state `multiplier` and `surgery_info` read; updates in the dtypes of forget_grads. Where a
+      gradient (or a loss, with a budget) is not finite the output is zero and the state is kept.
 
       Inside ``optax.masked`` or ``optax.partition``, retain_grads must be masked like the updates:
       pass ``mask_compatible_extra_args=True`` to them. Transformations before this one in a chain,
       a clipping for instance, change the forget gradient only.
 
     Raises:
-      TypeError: tolerance is a schedule; retain_grads is missing.
-      ValueError: as for `unilateral_projection`.
+      TypeError: tolerance is a schedule; retain_grads, or losses with a budget, is missing.
+      ValueError: as for `unilateral_projection`; a budget that `eupmu` refuses, or of another shape
+        than the retain loss.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -127,27 +144,61 @@ def explicit_surgery(*, tolerance: chex.Numeric = 0.0) -> optax.GradientTransfor
       >>> updates
       Array([-0. , -0.1], dtype=float32)
 
-    Source: unilateral gradient surgery, arXiv 2510.22124.
+    Source: unilateral gradient surgery, arXiv 2510.22124; the budget is ours.
     """
     if callable(tolerance):
         raise TypeError(
-            "explicit_surgery is stateless and counts no steps: for a schedule use "
+            "explicit_surgery counts no steps: for a schedule use "
             "optax.inject_hyperparams(explicit_surgery)(tolerance=schedule)"
         )
-    check_tolerance(tolerance, jnp.shape(tolerance)[:1])
+    check_tolerance(tolerance, np.shape(tolerance)[:1] if budget is None else np.shape(budget))
+    dtype = np.float64 if getattr(budget, "dtype", None) == np.float64 else np.float32
+    ones = np.ones(np.shape(0.0 if budget is None else budget), dtype)
+    dual = dual_lib.make_dual(
+        0.0 if budget is None else tolerance, None, ones, None, None, budget, retain_baseline
+    )
 
-    def update_fn(updates, state, params=None, *, retain_grads=None, **extra_args):
+    def init_fn(params):
+        return optax.init_empty_state(params) if budget is None else dual_lib.init(dual)
+
+    def update_fn(updates, state, params=None, *, retain_grads=None, losses=None, **extra_args):
         del params, extra_args
         if retain_grads is None:
             raise TypeError(
                 "explicit_surgery.update needs retain_grads=..., the gradient of the retain loss: "
                 "losses, forget_grads, retain_grads = forget_and_retain_grads(losses_fn)(params, batch)"
             )
-        direction, _ = unilateral_projection(updates, retain_grads, tolerance)
         finite = all_finite((updates, retain_grads))
-        return jax.tree.map(lambda d: jnp.where(finite, d, jnp.zeros_like(d)), direction), state
+        masked = lambda keep, tree: jax.tree.map(lambda d: jnp.where(keep, d, jnp.zeros_like(d)), tree)
+        if budget is None:
+            return masked(finite, unilateral_projection(updates, retain_grads, tolerance)[0]), state
+        if losses is None:
+            raise TypeError(
+                "explicit_surgery.update with a budget needs losses=..., the Losses of the same batch"
+            )
+        losses = checked(losses, "losses must be")
+        if losses.retain.shape != state.multiplier.shape:
+            raise ValueError(
+                f"budget must have the shape {losses.retain.shape} of the retain loss, "
+                f"got {state.multiplier.shape}"
+            )
+        dtype = state.multiplier.dtype
+        bound = jnp.asarray(budget, dtype)
+        demand, controlled = budget_lib.control(
+            state.dual_state, losses.retain.astype(dtype), bound, lowest=-1.0
+        )
+        norms = jax.vmap(optax.tree.norm) if losses.retain.ndim else optax.tree.norm
+        slack = -demand * optax.tree.norm(updates) * norms(retain_grads)
+        direction, multiplier = unilateral_projection(updates, retain_grads, slack)
+        total = 1 + jnp.sum(multiplier)
+        direction = jax.tree.map(lambda d: (d / total).astype(d.dtype), direction)
+        stepped = dual_lib.follow(state, controlled, bound)._replace(multiplier=multiplier.astype(dtype))
+        stepped = dual_lib.accept(stepped, losses)
+        usable = finite & is_usable(losses, log_losses=False) & dual_lib.is_sound(stepped, before=state)
+        moving = usable & ~dual_lib.is_measuring(stepped)
+        return masked(moving, direction), dual_lib.select(usable, stepped, dual_lib.skip(state))
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def utilities_shape(forget_grads: Any, retain_grads: Any) -> tuple[int, ...]:

@@ -49,10 +49,13 @@ def implicit_surgery(
       \lambda_{t+1} &= \max(0, \mathrm{dual}(\lambda_t, -v_t)) \quad\text{(update; none at } t = 0)
 
     with r = R (log R where ``log_losses=True``). So the dual step lands one step later than in
-    ``eupmu(measure="lagged")``: what is seen at theta_t weighs the gradient of step t + 1.
+    ``eupmu(measure="lagged")``: what is seen at theta_t weighs the gradient of step t + 1. With a
+    budget likewise.
 
     Args:
-      tolerance, dual_optimizer, initial_multiplier, log_losses, normalize_weights: as for `eupmu`.
+      tolerance, dual_optimizer, initial_multiplier, log_losses, normalize_weights, budget,
+        retain_baseline: as for `eupmu`. While the baseline is measured the gradients that come out are
+        zero.
 
     Returns:
       A GradientTransformationExtraArgs that passes the gradient on unchanged, with

@@ -42,7 +42,7 @@ def eupmu(
     retain_baseline: chex.Numeric | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""EUPMU: an optimiser that forgets while the retain loss may rise only by a tolerance per step.
+    r"""EUPMU: an optimiser that forgets while the retain loss may rise only by so much, per step or in all.
 
     Computes its own gradient: one forward pass and one backward pass of the weighted losses at
     theta_t, whatever K is. With the objectives u = U and r_k = R_k (or their logarithms where
@@ -104,6 +104,15 @@ def eupmu(
       normalize_weights: divide the weights by 1 + sum(lambda), so that a large multiplier does not
         lengthen the step. None is True; undivided, a growing multiplier ended a run at learning rate
         0.01 that was stable divided.
+      budget: how much each retain loss may rise over the whole run, > 0, in the loss's units (nats of
+        a cross-entropy; for a relative one 0.05 * R_0): a float, or an array [K]. It takes the
+        place of tolerance and dual_optimizer, works on raw losses with normalised weights, and
+        observes as "lagged" does, since a look-ahead sees the batch that was just fitted. Where the
+        learning rate alone keeps the retain loss above the budget, ``surgery_info(state).infeasible``
+        says so. Draw retain batches independently: in reshuffled passes a batch holds what was not
+        trained on for longest, its loss lies above the whole set's, and less than the budget is spent.
+      retain_baseline: R_0, the mean retain loss before unlearning, a float or [K]. None: the mean of
+        the first 10 batches, during which the parameters stay where they are (updates are zero).
       axis_name: mesh axis or axes to average over inside shard_map or pmap, where every shard's
         losses are means over equally many examples. None under jit, on any sharding.
 
@@ -131,7 +140,9 @@ def eupmu(
         dual_optimizer is no transformation.
       ValueError: an unknown measure; "lookahead" without inner; a multiplier that is negative, not
         finite or not of the retain loss's shape; a tolerance of another shape or not finite; a
-        forget loss that is no scalar; a retain loss of rank > 1; updates unlike params.
+        forget loss that is no scalar; a retain loss of rank > 1; updates unlike params. A budget <= 0,
+        not finite or of another shape, or with a tolerance, a dual_optimizer, "directional",
+        log_losses, undivided weights or an initial multiplier of 0; a baseline without a budget.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -152,8 +163,18 @@ def eupmu(
       >>> round(float(info.forget_loss), 2), round(float(info.retain_loss), 2)
       (3.11, 1.13)
 
+      With a budget of 0.5 over the whole run:
+
+      >>> tx = eu.eupmu(losses_fn, optax.sgd(0.05), budget=0.5, retain_baseline=1.0)
+      >>> x = jnp.array([0.0, 0.0])
+      >>> state = tx.init(x)
+      >>> for _ in range(300):
+      ...     x, state = step(x, state, batch)
+      >>> round(float(losses_fn(x, batch).retain), 3)
+      1.485
+
     Source: EUPMU, arXiv 2510.22124 ("lookahead", and "lagged" as its fast variant in the released
-    code); "directional", K utilities, and skipping are ours.
+    code); "directional", K utilities, budgets, and skipping are ours.
     """
     check_losses_fn(losses_fn)
     if measure not in MEASURES:

@@ -30,14 +30,21 @@ class Unlearner(NamedTuple):
     run: Callable[..., Any]
 
 
-def make_unlearner(peer: Peer, apply, *, weight_decay: float = 0.0, augmented: bool = False) -> Unlearner:
-    """SGD with momentum 0.9 at the knobs' learning rate; `knobs` holds that and the peer's own."""
+def momentum(rate: Any) -> optax.GradientTransformation:
+    """SGD with momentum 0.9."""
+    return optax.sgd(rate, momentum=0.9)
+
+
+def make_unlearner(
+    peer: Peer, apply, *, optimizer=momentum, weight_decay: float = 0.0, augmented: bool = False
+) -> Unlearner:
+    """Steps optimizer(learning rate); `knobs` holds that rate and the peer's own."""
 
     def method(knobs):
         rate = knobs["learning_rate"]
         others = {name: value for name, value in knobs.items() if name != "learning_rate"}
         decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
-        return peer.make(apply, optax.chain(decay, optax.sgd(rate, momentum=0.9)), **others)
+        return peer.make(apply, optax.chain(decay, optimizer(rate)), **others)
 
     def make_batch(examples: Examples, wrong, forget_share, inputs):
         rows, progress, key = inputs
@@ -84,10 +91,25 @@ class Plan(NamedTuple):
     forget_share: np.ndarray
 
 
-def make_plan(forget: np.ndarray, retain: np.ndarray, *, steps: int, batch_size: int, seed: int) -> Plan:
+def make_plan(
+    forget: np.ndarray,
+    retain: np.ndarray,
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    independent: bool = False,
+) -> Plan:
+    """Reshuffled passes over both sets, or retain batches that are drawn independently.
+
+    In passes a batch holds what was not trained on for longest: its loss lies above the whole set's.
+    """
     batches = -(-len(forget) // batch_size)
     once = np.resize(forget, (batches, batch_size)).astype(np.int32)
     parts = [batch_rows(rows, batch_size, steps, (seed, 5 + i)) for i, rows in enumerate((forget, retain))]
+    if independent:
+        rng = np.random.default_rng((seed, 6))
+        parts[1] = rng.choice(retain, (steps, batch_size)).astype(np.int32)
     share = np.float32(len(forget) / (len(forget) + len(retain)))
     return Plan(once, np.stack(parts, 1), np.asarray(share))
 

@@ -30,6 +30,19 @@ def eupmu(
     return Method(lambda params, batches: tx.init(params), step)
 
 
+def eupmu_budget(apply: Apply, optimizer: optax.GradientTransformation, *, budget, baseline) -> Method:
+    """`eupmu_jax.eupmu` with a budget for the whole run; records, too, whether it looks infeasible."""
+    tx = eu.eupmu(random_label_losses(apply), optimizer, budget=budget, retain_baseline=baseline)
+
+    def step(params, state, batch):
+        updates, state = tx.update(None, state, params, batch=batch)  # pyright: ignore[reportArgumentType]
+        info = eu.surgery_info(state)
+        seen = record(info.forget_loss, info.retain_loss, info.multiplier)
+        return optax.apply_updates(params, updates), state, seen | {"infeasible": info.infeasible}
+
+    return Method(lambda params, batches: tx.init(params), step)
+
+
 def per_class_losses(apply: Apply, classes: int):
     """R_k = the mean cross-entropy of the batch's retain examples of class k, 0 where it has none."""
     one_loss = random_label_losses(apply)

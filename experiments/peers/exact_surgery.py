@@ -20,3 +20,19 @@ def exact_surgery(apply: Apply, optimizer: optax.GradientTransformation, *, dema
         return params, state, record(*losses, multiplier)
 
     return Method(lambda params, batches: optimizer.init(params), step)
+
+
+def exact_surgery_budget(
+    apply: Apply, optimizer: optax.GradientTransformation, *, budget, baseline
+) -> Method:
+    """`eupmu_jax.explicit_surgery` with a budget for the whole run."""
+    grads_fn = eu.forget_and_retain_grads(random_label_losses(apply))
+    tx = optax.chain(eu.explicit_surgery(budget=budget, retain_baseline=baseline), optimizer)
+
+    def step(params, state, batch):
+        losses, forget_grads, retain_grads = grads_fn(params, batch)
+        updates, state = tx.update(forget_grads, state, params, retain_grads=retain_grads, losses=losses)
+        params = optax.apply_updates(params, updates)
+        return params, state, record(*losses, eu.multiplier(state))
+
+    return Method(lambda params, batches: tx.init(params), step)

@@ -1,0 +1,210 @@
+"""The tables of the budget study."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.budget import convergence, plots
+from experiments.budget.controllers import CONTROLLERS, EUPMU, RELEASED
+from experiments.budget.study import FINE_TUNING, Cell, Scale, comparison_cells, efficiency_cells, grid_cells
+from experiments.budget.utilities import ORIGINAL
+from experiments.classification.bench import RecordsByKey, of_kind
+from experiments.report import Frame, Section, write_csv, write_markdown, write_page
+
+LAST = 5
+"""Of a run's stored means, so many count as its end: about a tenth of the steps."""
+
+
+def runs_frame(records: RecordsByKey) -> Frame:
+    """A line for each run: its cell, what it spent of the budget, and what fine-tuning did there."""
+    runs = {tuple(record["key"][1:]): record for record in of_kind(records, "run")}
+    lines = []
+    for (name, *cell), record in runs.items():
+        cell = Cell(*cell)
+        rise = record["retain_loss"] - record["before"][1]
+        line = {"controller": name, **cell._asdict(), "forget_loss": record["forget_loss"], "rise": rise}
+        tuned = runs.get((FINE_TUNING, *cell._replace(budget=0.0)))
+        if cell.budget and tuned:
+            floor = max(tuned["retain_loss"] - tuned["before"][1], float(np.mean(tuned["rises"][-LAST:])))
+            line |= {"spent": rise / cell.budget, "feasible": bool(floor <= cell.budget)}
+            line["flagged"] = record.get("infeasible")
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def chosen(runs: Frame, name: str, cells: list[Cell]) -> Frame:
+    """The runs of one controller on these cells."""
+    return runs[runs["controller"] == name].merge(pd.DataFrame(cells), on=list(Cell._fields))
+
+
+def summary(runs: Frame) -> dict[str, Any]:
+    """Adherence and spending of the feasible ones among some runs."""
+    feasible = runs[runs["feasible"].astype(bool)]
+    spent = feasible["spent"]
+    if not len(spent):
+        return {"feasible runs": "0"}
+    quartiles = " to ".join(f"{value:.2f}" for value in spent.quantile([0.25, 0.75]))
+    return {
+        "feasible runs": f"{len(spent)}",
+        "within 105%": f"{100 * (spent <= 1.05).mean():.1f}%",
+        "median spent": f"{spent.median():.3f}",
+        "quartiles": quartiles,
+        "5% to 95%": " to ".join(f"{value:.2f}" for value in spent.quantile([0.05, 0.95])),
+    }
+
+
+def by_group(runs: Frame) -> Frame:
+    """The summary of the whole grid and of its slices."""
+    rows = {"all": summary(runs)}
+    full = runs[runs["batch_size"] == 64]
+    for column, part in (("task", full), ("inner", full), ("schedule", full), ("budget", full)):
+        for value, group in part.groupby(column, sort=False):
+            rows[f"{column} {value}"] = summary(group)
+    same = runs[(runs["budget"] == 0.1) & (runs["inner"] == "momentum") & (runs["schedule"] == "constant")]
+    same = same[same["rate"].isin([0.003, 0.01, 0.03])]
+    for value, group in same.groupby("batch_size"):
+        rows[f"batch size {value}"] = summary(group)
+    for (inner, rate), group in full.groupby(["inner", "rate"], sort=False):
+        rows[f"{inner} {rate:g}"] = summary(group)
+    return pd.DataFrame(rows).T.fillna("-")
+
+
+def controllers_table(runs: Frame, scale: Scale) -> Frame:
+    """Every controller on the same cells; forget losses as a ratio to EUPMU's, geometric mean."""
+    cells = comparison_cells(scale)
+    ours = chosen(runs, EUPMU, cells).set_index(list(Cell._fields))
+    rows = {}
+    for name in CONTROLLERS:
+        part = chosen(runs, name, cells)
+        ratio = part.set_index(list(Cell._fields))["forget_loss"] / ours["forget_loss"]
+        ratio = ratio[ours["feasible"].astype(bool)].replace([0, np.inf], np.nan).dropna()
+        rows[name] = summary(part) | {"forget loss / EUPMU": f"{np.exp(np.log(ratio).mean()):.2f}"}
+    return pd.DataFrame(rows).T.drop(columns="feasible runs", errors="ignore").fillna("-")
+
+
+def best_constant(front: Frame, rise: float) -> float:
+    """Forget loss of constant weights at that rise of the retain loss.
+
+    Between neighbours on the front (what no other weight beats in both) by a line; NaN beyond its ends.
+    """
+    front = front.sort_values(["rise", "forget_loss"])
+    front = front[front["forget_loss"] < front["forget_loss"].shift().cummin().fillna(np.inf)]
+    if not front["rise"].min() <= rise <= front["rise"].max():
+        return float("nan")
+    return float(np.interp(rise, front["rise"], front["forget_loss"]))
+
+
+def efficiency_frame(runs: Frame, scale: Scale) -> Frame:
+    """For each of the named cells: EUPMU's forget loss and that of the best constant weight."""
+    weights = runs[runs["controller"].str.startswith("weight ")]
+    lines = []
+    for cell in efficiency_cells(scale):
+        ours = chosen(runs, EUPMU, [cell]).iloc[0]
+        swept = weights.merge(pd.DataFrame([cell._replace(budget=0.0)]), on=list(Cell._fields))
+        swept = swept[np.isfinite(swept["forget_loss"]) & np.isfinite(swept["rise"])]
+        constant = best_constant(swept, ours["rise"])
+        within = swept[swept["rise"] <= cell.budget]["forget_loss"].min()
+        lines.append(
+            {
+                "cell": f"{cell.task}, {cell.inner} {cell.rate:g}",
+                "seed": cell.seed,
+                "spent": ours["spent"],
+                "EUPMU": ours["forget_loss"],
+                "constant, same rise": constant,
+                "best constant within budget": within,
+                "ratio": ours["forget_loss"] / constant,
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def detection_table(runs: Frame) -> Frame:
+    """Feasible by fine-tuning against flagged by EUPMU at the end of its run."""
+    counts = pd.crosstab(
+        runs["feasible"].map({True: "feasible", False: "infeasible"}),
+        runs["flagged"].map({True: "flagged", False: "not flagged"}),
+    )
+    return counts.astype(str)
+
+
+def utilities_tables(records: RecordsByKey, budget: float) -> Frame:
+    """What forgetting one class cost the others, per variant; means over the trained models."""
+    found = of_kind(records, "utilities")
+    before = {record["key"][3]: record for record in found if record["key"][1] == ORIGINAL}
+    lines = []
+    for record in found:
+        _, name, rate, seed = record["key"]
+        if name == ORIGINAL:
+            continue
+        rise = {
+            part: np.subtract(record[f"{part} loss"], before[seed][f"{part} loss"])
+            for part in ("train", "held_out", "test")
+        }
+        change = np.subtract(record["test accuracy"], before[seed]["test accuracy"])
+        lines.append(
+            {
+                "variant": f"{name}, rate {rate:g}",
+                "forget loss": record["forget_loss"],
+                "forget accuracy": record["forget_accuracy"],
+                "worst training rise / budget": rise["train"].max() / budget,
+                "worst held-out rise / budget": rise["held_out"].max() / budget,
+                "worst test rise / budget": rise["test"].max() / budget,
+                "worst change of test accuracy": change.min(),
+                "mean change of test accuracy": change.mean(),
+                "FLOPs / one budget": record["flops"],
+            }
+        )
+    frame: Frame = pd.DataFrame(lines).groupby("variant", sort=False).mean()
+    frame["FLOPs / one budget"] /= frame["FLOPs / one budget"].iloc[0]
+    return frame
+
+
+def write_report(path: pathlib.Path, records: RecordsByKey, scale: Scale, budget: float, curves, origin):
+    """All tables and pictures of a finished study; returns the sections to show first."""
+    runs = runs_frame(records)
+    grid = chosen(runs, EUPMU, grid_cells(scale))
+    efficiency = efficiency_frame(runs, scale)
+    write_csv(path / "runs.csv", runs, origin)
+    plots.plot_spending(path / "spending.png", grid)
+    plots.plot_controllers(path / "controllers.png", runs, comparison_cells(scale))
+    plots.plot_fronts(path / "fronts.png", runs, efficiency_cells(scale))
+    plots.plot_before_and_after(path / "before_and_after.png", records, (RELEASED, EUPMU), scale)
+    plots.plot_utilities(path / "utilities.png", records, budget)
+    convergence.plot(path / "convergence.png", curves)
+    whole = summary(grid)
+    within = efficiency.groupby("cell", sort=False)["ratio"].mean()
+    three = pd.DataFrame(
+        {
+            "goal": {"adherence": "95%", "spending": "0.95", "efficiency": "<= 1.02"},
+            "measured": {
+                "adherence": whole.get("within 105%", "-"),
+                "spending": whole.get("median spent", "-"),
+                "efficiency": f"{np.exp(np.log(within).mean()):.3f}",
+            },
+            "what": {
+                "adherence": f"of {whole['feasible runs']} feasible runs ended within 105%",
+                "spending": "median share of the budget",
+                "efficiency": f"forget loss / best of {len(scale.weights)} constant weights at the same "
+                f"retain loss, {len(within)} cells ({(within <= 1.02).sum()} of them <= 1.02)",
+            },
+        }
+    )
+    shown = efficiency.groupby("cell", sort=False).mean().drop(columns="seed").map(lambda x: f"{x:.3f}")
+    utilities = utilities_tables(records, budget).map(lambda value: f"{value:.2f}")
+    rates = convergence.rates(curves).map(lambda value: "-" if np.isnan(value) else f"{value:.2f}")
+    rates.index = pd.Index([", ".join(names) for names in rates.index], name="exponent of t")
+    sections = [
+        Section("Three figures", three),
+        Section("Spending", "Rise of the full retain loss / budget.", by_group(grid), "spending.png"),
+        Section("Controllers", controllers_table(runs, scale), "controllers.png"),
+        Section("Efficiency", shown, "fronts.png"),
+        Section("Infeasible budgets", detection_table(grid)),
+        Section("Before and after", "before_and_after.png"),
+        Section("Utilities", utilities, "utilities.png"),
+        Section("Convergence", rates, "convergence.png"),
+    ]
+    write_markdown(path / "tables.md", "Budgets", sections, origin)
+    write_page(path / "report.html", "Budgets", sections, origin)
+    return sections

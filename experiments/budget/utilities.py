@@ -1,0 +1,163 @@
+"""One budget for all classes against one for each, steered by training or by held-out losses."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import eupmu_jax as eu
+from eupmu_jax.evaluation import step_cost
+from experiments.classification.bench import Bench, Records
+from experiments.classification.study import Models
+from experiments.forget_sets import Task
+from experiments.unlearning import momentum
+
+FORGET_BATCH, PER_CLASS = 64, 28
+ORIGINAL = "before"
+VARIANTS = {
+    "one budget": (False, False),
+    "one for each class": (True, False),
+    "one budget, held-out feedback": (False, True),
+    "one for each class, held-out feedback": (True, True),
+}
+"""Whether each class has its own, and whether the loss that steers is that of held-out images."""
+
+
+class Images(NamedTuple):
+    """Images [classes, PER_CLASS, ...] of the classes to be kept, and their labels."""
+
+    x: Any
+    y: Any
+
+
+class Batch(NamedTuple):
+    """The images to forget with wrong labels, and retained images to train on and to steer by."""
+
+    forget: Any
+    wrong: Any
+    retain: Images
+    held_out: Images
+
+
+def make_losses(apply, each_class: bool, held_out: bool) -> Callable[[Any, Batch], eu.Losses]:
+    """U of wrong labels; R, the mean over each class [K] or over all, of retained images.
+
+    With held-out feedback R has the value of the held-out images and the gradient of the others: a
+    forward pass more.
+    """
+
+    def class_losses(params, images):
+        flat = jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), images)
+        losses = optax.softmax_cross_entropy_with_integer_labels(apply(params, flat.x), flat.y)
+        means = losses.reshape(images.y.shape).mean(1)
+        return means if each_class else means.mean()
+
+    def losses_fn(params, batch):
+        forget = optax.softmax_cross_entropy_with_integer_labels(apply(params, batch.forget), batch.wrong)
+        retain = class_losses(params, batch.retain)
+        if held_out:
+            retain += jax.lax.stop_gradient(class_losses(params, batch.held_out) - retain)
+        return eu.Losses(forget.mean(), retain)
+
+    return losses_fn
+
+
+def run_all(
+    bench: Bench,
+    records: Records,
+    task: Task,
+    originals: Models,
+    rates: tuple[float, ...],
+    budget: float,
+    progress: Callable[[str, float], None],
+) -> None:
+    """A record for each variant, rate and model, and for each model before unlearning."""
+    for seed, (original, _) in originals.items():
+        judge = make_judge(bench, task)
+        records.get(("utilities", ORIGINAL, 0.0, seed), lambda p=original, judge=judge: judge(p))
+        for name, (each_class, held_out) in VARIANTS.items():
+            for rate in rates:
+                key = ("utilities", name, rate, seed)
+                work = lambda e=each_class, h=held_out, r=rate, p=original, s=seed: unlearn(
+                    bench, task, p, e, h, r, budget, s
+                )
+                records.get(key, work)
+                progress(f"{name}, rate {rate:g}", 1)
+
+
+def make_judge(bench: Bench, task: Task):
+    """judge(params) -> losses and accuracies of each class that is kept, and of the forget set."""
+    kept = kept_classes(bench, task)
+    parts = {"train": bench.data.train[task.retain], "held_out": bench.data.validation}
+    parts["test"] = bench.data.test
+
+    @jax.jit
+    def losses_and_hits(params, x, y):
+        logits = bench.classifier.apply(params, x)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return losses, logits.argmax(-1) == y
+
+    def judge(params):
+        found = {}
+        for name, part in parts.items():
+            losses, hits = losses_and_hits(params, part.x, part.y)
+            for what, values in (("loss", np.asarray(losses)), ("accuracy", 100 * np.asarray(hits))):
+                found[f"{name} {what}"] = [float(values[part.y == label].mean()) for label in kept]
+        x = bench.train.x[task.forget]
+        found["forget_loss"] = float(losses_and_hits(params, x, bench.wrong[task.forget])[0].mean())
+        hits = losses_and_hits(params, x, bench.train.y[task.forget])[1]
+        return found | {"forget_accuracy": 100 * float(hits.mean()), "classes": kept}
+
+    return judge
+
+
+def kept_classes(bench: Bench, task: Task) -> list[int]:
+    return np.unique(bench.data.train.y[task.retain]).tolist()
+
+
+def unlearn(
+    bench: Bench, task: Task, original, each_class: bool, held_out: bool, rate, budget, seed: int
+) -> dict[str, Any]:
+    """One run of EUPMU with a budget, judged; and the FLOPs of one of its steps."""
+    kept = kept_classes(bench, task)
+    before = make_judge(bench, task)(original)["held_out loss" if held_out else "train loss"]
+    baseline = jnp.asarray(before if each_class else np.mean(before), jnp.float32)
+    tx = eu.eupmu(
+        make_losses(bench.classifier.apply, each_class, held_out),
+        momentum(rate),
+        budget=budget,
+        retain_baseline=baseline,
+        initial_multiplier=jnp.full(len(kept), 1 / len(kept)) if each_class else 1.0,
+    )
+    validation = jax.tree.map(jnp.asarray, bench.data.validation)
+    retain_y = bench.data.train.y[task.retain]
+    rng = np.random.default_rng((seed, 7))
+
+    def rows(of: Callable[[int], np.ndarray]):
+        drawn = [rng.choice(of(label), (bench.steps, PER_CLASS)) for label in kept]
+        return np.stack(drawn, 1).astype(np.int32)
+
+    plan = (
+        rng.choice(task.forget, (bench.steps, FORGET_BATCH)).astype(np.int32),
+        rows(lambda label: task.retain[retain_y == label]),
+        rows(lambda label: np.flatnonzero(bench.data.validation.y == label)),
+    )
+
+    def make_batch(forget, retain, feedback):
+        images = Images(bench.train.x[retain], bench.train.y[retain])
+        others = Images(validation.x[feedback], validation.y[feedback])
+        return Batch(bench.train.x[forget], bench.wrong[forget], images, others)
+
+    def step(carry, inputs):
+        params, state = carry
+        updates, state = tx.update(None, state, params, batch=make_batch(*inputs))  # pyright: ignore[reportArgumentType]
+        return (optax.apply_updates(params, updates), state), eu.surgery_info(state)
+
+    start = (original, tx.init(original))
+    flops = step_cost(step, start, jax.tree.map(lambda leaf: leaf[0], plan))["flops"]
+    (params, _), seen = jax.jit(lambda start: jax.lax.scan(step, start, plan))(start)
+    found = make_judge(bench, task)(params)
+    return found | {"flops": flops, "multipliers": np.asarray(seen.multiplier[-1]).ravel().tolist()}
