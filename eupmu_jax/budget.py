@@ -10,14 +10,15 @@ import jax.numpy as jnp
 PROPORTIONAL, INTEGRAL, DERIVATIVE = 3.0, 0.1, 10.0
 SMOOTHING = 0.8
 # The gains hold for observations whose noise is below this share of the budget; noisier ones lower them.
-NOISE = 0.2
-NOISE_MEMORY = 100
-# What is aimed at, and how far above it an observation counts, in shares of the budget.
-TARGET, FAR_ABOVE = 0.97, 4.0
+NOISE = 0.15
+NOISE_MEMORY = 20
+# What is aimed at, and what is no longer told apart from "far above" it, in shares of the budget.
+TARGET, FAR_ABOVE, OUTLIER = 0.97, 4.0, 20.0
 # Of the exponent: beyond these the weights hardly change, and coming back would take the longer.
 LOWEST, HIGHEST = -5.0, 8.0
 MEASURING_STEPS = 10
-STRAINED_STEPS = 50
+# So many more steps above the budget than below it, the exponent above that, and it looks infeasible.
+STRAINED_STEPS, STRAINED = 50, 5.0
 
 
 class BudgetState(NamedTuple):
@@ -63,12 +64,13 @@ def control(
     .. math::
       e_t &= 0.8\, e_{t-1} + 0.2\, R_t, \qquad e_{-1} = R_0 \\
       v_t &= (e_t - R_0) / \delta - 0.97 \\
-      g_t &= \min(1, 0.2\, \delta / \sigma_t) \\
-      I_t &= I_{t-1} + 0.1\, g_t v_t \\
+      g_t &= \min(1, 0.15\, \delta / \sigma_t) \\
+      I_t &= I_{t-1} + 0.1 \sqrt{g_t}\, v_t \\
       x_t &= g_t (3 v_t + 10 (e_t - e_{t-1}) / \delta) + I_t, \qquad \lambda_t = \lambda_0 e^{x_t}
 
     with sigma_t the standard deviation of one observation, from successive differences. v_t is kept
-    in [-1, 4] and x_t in [lowest, 8], by stopping the integral there; I_0 is such that x_0 = 0.
+    in [-1, 4] and x_t in [lowest, 8], by stopping the integral there; I_0 is such that x_0 = 0. A
+    rise counts as 20 budgets at most, in a difference 4, so that an outlier is soon forgotten.
 
     Source: ours.
     """
@@ -76,20 +78,22 @@ def control(
     count = (state.steps + MEASURING_STEPS + 1).astype(retain_loss.dtype)
     baseline = jnp.where(measuring, state.baseline + (retain_loss - state.baseline) / count, state.baseline)
 
+    retain_loss = jnp.minimum(retain_loss, baseline + OUTLIER * budget)
     last = jnp.where(first, retain_loss, state.last)
+    change = jnp.clip((retain_loss - last) / budget, -FAR_ABOVE, FAR_ABOVE) * budget
     share = 1 / jnp.clip(state.steps, 1, NOISE_MEMORY).astype(retain_loss.dtype)
-    noise = state.noise + share * ((retain_loss - last) ** 2 / 2 - state.noise)
+    noise = state.noise + share * (change**2 / 2 - state.noise)
     before = jnp.where(first, baseline, state.smoothed)
     smoothed = before + (1 - SMOOTHING) * (retain_loss - before)
     gain = NOISE * budget / jnp.sqrt(jnp.maximum(noise, (NOISE * budget) ** 2))
 
     error = jnp.clip((smoothed - baseline) / budget - TARGET, -1, FAR_ABOVE)
     reaction = gain * (PROPORTIONAL * error + DERIVATIVE * (smoothed - before) / budget)
-    integral = jnp.where(first, -reaction, state.integral + INTEGRAL * gain * error)
+    integral = jnp.where(first, -reaction, state.integral + INTEGRAL * jnp.sqrt(gain) * error)
     integral = jnp.clip(integral, lowest - reaction, HIGHEST - reaction)
     exponent = reaction + integral
 
-    strained = (exponent > HIGHEST - 1) & (smoothed > baseline + budget)
+    strained = (exponent > STRAINED) & (smoothed > baseline + budget)
     strained_steps = jnp.clip(state.strained_steps + jnp.where(strained, 1, -1), 0, 2 * STRAINED_STEPS)
     stepped = BudgetState(baseline, retain_loss, smoothed, noise, integral, strained_steps, state.steps + 1)
     waiting = state._replace(baseline=baseline, steps=state.steps + 1)

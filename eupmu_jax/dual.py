@@ -161,14 +161,16 @@ def check_budget(budget, retain_baseline, utilities: tuple[int, ...]) -> None:
             raise ValueError("retain_baseline is where a budget counts from: give budget=, too")
         return
     for name, value in (("budget", budget), ("retain_baseline", retain_baseline)):
-        if value is None or isinstance(value, Tracer):
+        if value is None:
             continue
-        numbers = as_numbers(value, name)
         if np.shape(value) not in ((), utilities):
             raise ValueError(
                 f"{name} must be a scalar or have the shape {utilities} of the multiplier, "
                 f"got shape {np.shape(value)}"
             )
+        if isinstance(value, Tracer):
+            continue
+        numbers = as_numbers(value, name)
         if not np.all(np.isfinite(numbers)):
             raise ValueError(f"{name} must be finite, got {value}")
         if name == "budget" and not np.all(numbers > 0):

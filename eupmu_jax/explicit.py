@@ -111,7 +111,7 @@ def explicit_surgery(
     .. math:: \epsilon_{t,k} = -x_{t,k} |g_f| |g_{r,k}|, \qquad
        d_t = \mathrm{projection}(\epsilon_t) / (1 + \textstyle\sum_k \lambda_k)
 
-    from x = 0, plain exact surgery, between x <= -1, where nothing constrains, and 8.
+    from x = 0, plain exact surgery, between -1, where nothing constrains, and 8.
 
     Args:
       tolerance: as for `unilateral_projection`. For a schedule use

@@ -54,8 +54,8 @@ def implicit_surgery(
 
     Args:
       tolerance, dual_optimizer, initial_multiplier, log_losses, normalize_weights, budget,
-        retain_baseline: as for `eupmu`. While the baseline is measured the gradients that come out are
-        zero.
+        retain_baseline: as for `eupmu`. While a baseline is measured the gradients that come out are
+        zero; links after this one run on them, and decoupled weight decay still decays.
 
     Returns:
       A GradientTransformationExtraArgs that passes the gradient on unchanged, with
