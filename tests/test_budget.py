@@ -82,7 +82,7 @@ def test_one_utility_ends_at_the_closed_form(inner, x64):
     if inner == "adam":
         _, shares, _, _ = jax.jit(jax.vmap(run))(jnp.full(2, 0.3), jnp.array([0.03, 0.1]))
         np.testing.assert_allclose(shares[:, 2000:].mean(1), TARGET, atol=0.05)
-        assert np.max(shares[:, 2000:]) <= 1.3
+        assert np.max(shares[:, 2000:]) <= 1.5
 
 
 @pytest.mark.parametrize(("inner", "utilities"), [("sgd", 2), ("momentum", 3), ("adam", 3)])

@@ -230,7 +230,7 @@ def make_runner(bench: Bench, tasks: dict[str, Task], originals: Models):
         params, seen = unlearn(knobs, originals[cell.seed][0], *inputs)
         forget, retain = map(float, losses(params, task.forget, task.retain))
         every = max(1, steps // CHUNKS)
-        means = lambda values: np.asarray(values)[: steps // every * every].reshape(-1, every).mean(1)
+        means = lambda values: np.asarray(values, float)[: steps // every * every].reshape(-1, every).mean(1)
         record = {
             "forget_loss": forget,
             "retain_loss": retain,
