@@ -188,13 +188,15 @@ def explicit_surgery(
             state.dual_state, losses.retain.astype(dtype), bound, lowest=-1.0
         )
         norms = jax.vmap(optax.tree.norm) if losses.retain.ndim else optax.tree.norm
+        usable = finite & is_usable(losses, log_losses=False)
         slack = -demand * optax.tree.norm(updates) * norms(retain_grads)
+        slack = jnp.where(usable, slack, jnp.zeros_like(slack))
         direction, multiplier = unilateral_projection(updates, retain_grads, slack)
         total = 1 + jnp.sum(multiplier)
         direction = jax.tree.map(lambda d: (d / total).astype(d.dtype), direction)
         stepped = dual_lib.follow(state, controlled, bound)._replace(multiplier=multiplier.astype(dtype))
         stepped = dual_lib.accept(stepped, losses)
-        usable = finite & is_usable(losses, log_losses=False) & dual_lib.is_sound(stepped, before=state)
+        usable &= dual_lib.is_sound(stepped, before=state)
         moving = usable & ~dual_lib.is_measuring(stepped)
         return masked(moving, direction), dual_lib.select(usable, stepped, dual_lib.skip(state))
 
