@@ -86,7 +86,11 @@ def test_readme_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 2
     batch = {"forget": jnp.ones(3), "retain": jnp.zeros(3)}
-    names = {"params": jnp.full(3, 0.3), "loss": lambda params, part: jnp.mean((params - part) ** 2)}
+    names = {
+        "before": 0.1,
+        "params": jnp.full(3, 0.3),
+        "loss": lambda params, part: jnp.mean((params - part) ** 2),
+    }
     for block in blocks:
         exec(block, names)
         params, state, _ = names["step"](names["params"], names["state"], batch)
