@@ -17,6 +17,7 @@ import eupmu_jax as eu
 from eupmu_jax.budget import LOWEST, MEASURING_STEPS, TARGET
 
 C = np.array([1.0, -2.0, 0.5])
+C32 = C.astype(np.float32)
 H = np.array([[3.0, 0.3, 0.3], [0.3, 2.0, 0.3], [0.2, 0.2, 1.0]])
 INNERS = {"sgd": optax.sgd, "momentum": partial(optax.sgd, momentum=0.9), "adam": optax.adam}
 LEARNING_RATES = [0.003, 0.01, 0.03, 0.1]
@@ -469,7 +470,7 @@ def test_an_outlier_is_soon_forgotten():
     """One observation of 10^4 budgets: the loss is back in its band within 150 steps and stays there."""
 
     def losses_fn(x, spike):
-        return eu.Losses(jnp.sum((x - C) ** 2), jnp.sum(x**2) + spike)
+        return eu.Losses(jnp.sum((x - C32) ** 2), jnp.sum(x**2) + spike)
 
     tx = eu.eupmu(losses_fn, optax.sgd(0.03), budget=0.1, retain_baseline=0.0)
     spikes = jnp.zeros(1000).at[jnp.array([20, 500])].set(1e3)
@@ -501,7 +502,7 @@ def test_a_budget_below_the_noise_of_fine_tuning_is_flagged(seed):
 
 def test_divergence_is_flagged():
     tx = eu.eupmu(
-        lambda x, batch: eu.Losses(jnp.sum((x - C) ** 2), jnp.sum(x**2)),
+        lambda x, batch: eu.Losses(jnp.sum((x - C32) ** 2), jnp.sum(x**2)),
         optax.sgd(2.0),
         budget=0.1,
         retain_baseline=0.0,
@@ -531,7 +532,7 @@ def test_exact_surgery_ends_where_eupmu_does(rate, momentum):
     """One and three budgets, closed loop around the projection: the KKT point of both."""
     budgets = jnp.array([0.1, 0.2, 0.15])
     for retain, budget in ((lambda x: jnp.sum(x**2), 0.1), (lambda x: x**2, budgets)):
-        losses_fn = lambda x, batch, retain=retain: eu.Losses(jnp.sum((x - C) ** 2), retain(x))
+        losses_fn = lambda x, batch, retain=retain: eu.Losses(jnp.sum((x - C32) ** 2), retain(x))
         settings = {"budget": budget, "retain_baseline": 0.0}
         inner = optax.sgd(rate, momentum=momentum)
         exact = optax.chain(eu.explicit_surgery(**settings), inner)
@@ -544,7 +545,7 @@ def test_exact_surgery_ends_where_eupmu_does(rate, momentum):
 
 
 def test_exact_surgery_measures_its_baseline_and_skips_bad_steps():
-    losses_fn = lambda x, batch: eu.Losses(jnp.sum((x - C) ** 2), 0.7 + jnp.sum(x**2))
+    losses_fn = lambda x, batch: eu.Losses(jnp.sum((x - C32) ** 2), 0.7 + jnp.sum(x**2))
     tx = eu.explicit_surgery(budget=0.1)
     (x, state), path = run_exact(optax.chain(tx, optax.sgd(0.01)), losses_fn, jnp.zeros(3), 12)
     assert not np.any(path[: MEASURING_STEPS - 1])
