@@ -91,14 +91,14 @@ def plot_before_and_after(
     shown = {}
     for (name, *fields), record in runs.items():
         cell = Cell(*fields)
-        if name in names and (cell.inner == "Muon" or cell.schedule == "warm restarts"):
+        if name in names and cell.task in scale.tasks[:2]:
             what = "Muon" if cell.inner == "Muon" and cell.schedule == "constant" else None
             if cell.inner == "momentum" and cell.schedule == "warm restarts" and cell.rate == 0.01:
                 what = "warm restarts"
             if what and ((names[0], *cell) in runs) and ((names[1], *cell) in runs):
                 shown.setdefault((what, cell.task), {})[name] = (cell, record)
     keys = sorted(shown, key=lambda key: key[0])
-    figure, axes = grid(2 * len(keys), len(keys), 4, 2.9)
+    figure, axes = grid(2 * len(keys), len(keys), 4.2, 2.7)
     for column, key in enumerate(keys):
         for name, (cell, record) in shown[key].items():
             steps = np.linspace(0, 100, len(record["rises"]))
