@@ -141,12 +141,6 @@ def implicit_surgery(
         return value_and_grad_fn
 
     dual = dual_lib.make_dual(
-        tolerance,
-        dual_optimizer,
-        initial_multiplier,
-        log_losses,
-        normalize_weights,
-        budget,
-        retain_baseline,
+        tolerance, dual_optimizer, initial_multiplier, log_losses, normalize_weights, budget, retain_baseline
     )
     return ImplicitSurgery(init_fn, update_fn, value_and_grad)

@@ -198,13 +198,7 @@ def eupmu(
     dual_lib.check_transformation(inner, "inner")
     optimizer = optax.with_extra_args_support(inner)
     dual = dual_lib.make_dual(
-        tolerance,
-        dual_optimizer,
-        initial_multiplier,
-        log_losses,
-        normalize_weights,
-        budget,
-        retain_baseline,
+        tolerance, dual_optimizer, initial_multiplier, log_losses, normalize_weights, budget, retain_baseline
     )
 
     def init_fn(params):

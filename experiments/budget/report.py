@@ -59,8 +59,8 @@ def by_group(runs: Frame) -> Frame:
     """The summary of the whole grid and of its slices."""
     rows = {"all": summary(runs)}
     full = runs[runs["batch_size"] == 64]
-    for column, part in (("task", full), ("inner", full), ("schedule", full), ("budget", full)):
-        for value, group in part.groupby(column, sort=False):
+    for column in ("task", "inner", "schedule", "budget"):
+        for value, group in full.groupby(column, sort=False):
             rows[f"{column} {value}"] = summary(group)
     same = runs[(runs["budget"] == 0.1) & (runs["inner"] == "momentum") & (runs["schedule"] == "constant")]
     same = same[same["rate"].isin([0.003, 0.01, 0.03])]
