@@ -5,12 +5,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from eupmu_jax.losses import Losses
+
 # In shares of the budget, the retain loss answers log(multiplier) with a gain near -1 whatever the model,
 # the losses and the learning rate, so that one setting serves all (derived in experiments/README.md).
 PROPORTIONAL, INTEGRAL, DERIVATIVE = 3.0, 0.1, 10.0
 SMOOTHING = 0.8
+# The multiplier that holds R falls with the forget loss: this power of it is taken without waiting for R.
+FORGET = 0.5
+# Below this share of U_0 there is nothing left to forget.
+FORGOTTEN = 0.01
 # The gains hold for observations whose noise is below this share of the budget; noisier ones lower them.
-NOISE = 0.15
+NOISE = 0.25
 NOISE_MEMORY = 20
 # What is aimed at, and what is no longer told apart from "far above" it, in shares of the budget.
 TARGET, FAR_ABOVE, OUTLIER = 0.97, 4.0, 20.0
@@ -28,6 +34,8 @@ class BudgetState(NamedTuple):
     """
 
     baseline: jax.Array
+    forget_baseline: jax.Array
+    forget: jax.Array
     last: jax.Array
     smoothed: jax.Array
     noise: jax.Array
@@ -42,6 +50,8 @@ def init(multiplier: jax.Array, retain_baseline: Any) -> BudgetState:
     known = zeros() if retain_baseline is None else jnp.asarray(retain_baseline, multiplier.dtype)
     return BudgetState(
         baseline=known + zeros(),
+        forget_baseline=jnp.zeros([], multiplier.dtype),
+        forget=jnp.zeros([], multiplier.dtype),
         last=zeros(),
         smoothed=zeros(),
         noise=zeros(),
@@ -57,7 +67,7 @@ def is_measuring(state: BudgetState) -> jax.Array:
 
 
 def control(
-    state: BudgetState, retain_loss: jax.Array, budget: jax.Array, lowest: float = LOWEST
+    state: BudgetState, losses: Losses, budget: jax.Array, lowest: float = LOWEST
 ) -> tuple[jax.Array, BudgetState]:
     r"""The exponent x_t after R_t was observed, [] or [K], each utility for itself.
 
@@ -74,6 +84,7 @@ def control(
 
     Source: ours.
     """
+    retain_loss, forget_loss = losses.retain, losses.forget
     measuring, first = state.steps < 0, state.steps == 0
     count = (state.steps + MEASURING_STEPS + 1).astype(retain_loss.dtype)
     baseline = jnp.where(measuring, state.baseline + (retain_loss - state.baseline) / count, state.baseline)
@@ -88,17 +99,39 @@ def control(
     gain = NOISE * budget / jnp.sqrt(jnp.maximum(noise, (NOISE * budget) ** 2))
 
     error = jnp.clip((smoothed - baseline) / budget - TARGET, -1, FAR_ABOVE)
+    forget_baseline = jnp.where(first, forget_loss, state.forget_baseline)
+    forget = jnp.where(first, forget_loss, state.forget + (1 - SMOOTHING) * (forget_loss - state.forget))
     reaction = gain * (PROPORTIONAL * error + DERIVATIVE * (smoothed - before) / budget)
-    integral = jnp.where(first, -reaction, state.integral + INTEGRAL * jnp.sqrt(gain) * error)
+    integral = jnp.where(first, -reaction, state.integral + INTEGRAL * gain * error)
     integral = jnp.clip(integral, lowest - reaction, HIGHEST - reaction)
     exponent = reaction + integral
 
     strained = (exponent > STRAINED) & (smoothed > baseline + budget)
     strained_steps = jnp.clip(state.strained_steps + jnp.where(strained, 1, -1), 0, 2 * STRAINED_STEPS)
-    stepped = BudgetState(baseline, retain_loss, smoothed, noise, integral, strained_steps, state.steps + 1)
+    stepped = BudgetState(
+        baseline,
+        forget_baseline,
+        forget,
+        retain_loss,
+        smoothed,
+        noise,
+        integral,
+        strained_steps,
+        state.steps + 1,
+    )
     waiting = state._replace(baseline=baseline, steps=state.steps + 1)
     stepped = jax.tree.map(lambda new, old: jnp.where(measuring, old, new), stepped, waiting)
     return jnp.where(measuring | first, jnp.zeros_like(exponent), exponent), stepped
+
+
+def foresight(state: BudgetState) -> jax.Array:
+    """The factor of the multiplier that follows from how much is forgotten, [].
+
+    Source: ours.
+    """
+    baseline = state.forget_baseline
+    left = state.forget / jnp.where(baseline > 0, baseline, jnp.ones_like(baseline))
+    return jnp.where(baseline > 0, jnp.clip(left, FORGOTTEN, 1) ** FORGET, jnp.ones_like(left))
 
 
 def violation(state: BudgetState, budget: jax.Array) -> jax.Array:

@@ -231,7 +231,7 @@ def ascend_lagged(dual: Dual, state: SurgeryState, losses: Losses) -> SurgerySta
     None while there is no R_{t-1}, or no R_0.
     """
     if dual.budget is not None:
-        return spend(dual, state, losses.retain)
+        return spend(dual, state, losses)
     dtype = losses.retain.dtype
     lagged = violation(
         state.retain_loss.astype(dtype),
@@ -242,13 +242,16 @@ def ascend_lagged(dual: Dual, state: SurgeryState, losses: Losses) -> SurgerySta
     return select(state.applied_steps > 0, ascend(dual, state, lagged), state)
 
 
-def spend(dual: Dual, state: SurgeryState, retain_loss: jax.Array) -> SurgeryState:
-    """The budget controller's step after an observation of the retain loss."""
+def spend(dual: Dual, state: SurgeryState, losses: Losses) -> SurgeryState:
+    """The budget controller's step after an observation of the losses."""
     dtype = state.multiplier.dtype
     budget = jnp.asarray(dual.budget, dtype)
-    exponent, dual_state = budget_lib.control(state.dual_state, retain_loss.astype(dtype), budget)
+    exponent, dual_state = budget_lib.control(
+        state.dual_state, jax.tree.map(lambda loss: loss.astype(dtype), losses), budget
+    )
+    factor = budget_lib.foresight(dual_state) * jnp.exp(exponent)
     return follow(state, dual_state, budget)._replace(
-        multiplier=jnp.asarray(dual.initial_multiplier, dtype) * jnp.exp(exponent)
+        multiplier=jnp.asarray(dual.initial_multiplier, dtype) * factor
     )
 
 

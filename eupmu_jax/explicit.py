@@ -185,7 +185,7 @@ def explicit_surgery(
         dtype = state.multiplier.dtype
         bound = jnp.asarray(budget, dtype)
         demand, controlled = budget_lib.control(
-            state.dual_state, losses.retain.astype(dtype), bound, lowest=-1.0
+            state.dual_state, jax.tree.map(lambda loss: loss.astype(dtype), losses), bound, lowest=-1.0
         )
         norms = jax.vmap(optax.tree.norm) if losses.retain.ndim else optax.tree.norm
         usable = finite & is_usable(losses, log_losses=False)

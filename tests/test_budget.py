@@ -14,7 +14,7 @@ from test_cost import INNER, cost, eupmu_step, implicit_step, linear_step, mlp
 from test_layouts import LAYOUTS, on_layout, problem
 
 import eupmu_jax as eu
-from eupmu_jax.budget import LOWEST, MEASURING_STEPS, TARGET
+from eupmu_jax.budget import FORGET, FORGOTTEN, LOWEST, MEASURING_STEPS, TARGET
 
 C = np.array([1.0, -2.0, 0.5])
 C32 = C.astype(np.float32)
@@ -63,12 +63,12 @@ def run_quadratic(inner, budget, curvature=1.0, steps=4000, scales=(1.0, 1.0), f
 
 @pytest.mark.parametrize("inner", INNERS)
 def test_one_utility_ends_at_the_closed_form(inner, x64):
-    """h |s c|^2 = 0.97 budget, 1 + lambda h = 1 / s, or as far as U alone wants to go."""
+    """h |s c|^2 = the target's share of the budget, 1 + lambda h = 1 / s, or as far as U alone wants to go."""
     rates = LEARNING_RATES[:2] if inner == "adam" else LEARNING_RATES
     budgets, rates = map(np.ravel, np.meshgrid([0.003, 0.03, 0.3, 3.0, 30.0], rates))
     run = lambda budget, rate: run_quadratic(INNERS[inner](rate), budget)
     x, shares, multipliers, info = jax.jit(jax.vmap(run))(jnp.asarray(budgets), jnp.asarray(rates))
-    exact = np.maximum(np.sqrt(C @ C / (TARGET * budgets)) - 1, FLOOR)
+    exact = np.maximum(np.sqrt(C @ C / (TARGET * budgets)) - 1, FLOOR * FORGOTTEN**FORGET)
     np.testing.assert_allclose(x, C / (1 + exact)[:, None], rtol=1e-7)
     np.testing.assert_allclose(multipliers[:, -1], exact, rtol=1e-7)
     np.testing.assert_array_equal(multipliers[:, 0], 1)
@@ -98,7 +98,8 @@ def test_several_utilities_end_at_a_kkt_point(inner, utilities, x64):
     residual = 2 * (x - C) + jnp.einsum("rbk,kd,rbd->rbd", multipliers, 2 * H[:utilities], x)
     np.testing.assert_allclose(residual, 0, atol=1e-8)
     assert np.all(shares <= TARGET + 1e-8)
-    np.testing.assert_allclose((multipliers - FLOOR) * (shares - TARGET), 0, atol=1e-7)
+    lowest = FLOOR * (np.sum((x - C) ** 2, -1, keepdims=True) / (C @ C)) ** FORGET
+    np.testing.assert_allclose((multipliers - lowest) * (shares - TARGET), 0, atol=1e-7)
     assert np.all(np.any(shares > TARGET - 1e-7, axis=-1))
     assert np.any(np.all(shares > TARGET - 1e-7, axis=-1)) or utilities == 3
     assert info.infeasible.shape == info.violation.shape == multipliers.shape

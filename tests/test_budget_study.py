@@ -18,7 +18,7 @@ from experiments.unlearning import make_plan, momentum
 def follow(rule, observations):
     state, seen = rule.init(), []
     for y in observations:
-        multiplier, state = rule.update(state, jnp.float32(y))
+        multiplier, state = rule.update(state, jnp.float32(y), jnp.float32(1))
         seen.append(float(multiplier))
     return seen
 
@@ -110,7 +110,9 @@ def test_summary_counts_feasible_runs_only():
 def test_the_grid_is_as_large_as_promised():
     cells = study.grid_cells(study.FULL)
     assert len(set(cells)) == len(cells) > 400
-    assert len(study.efficiency_cells(study.FULL)) == 12
+    cells = study.efficiency_cells(study.FULL)
+    assert len(cells) == 24
+    assert len({cell._replace(seed=0) for cell in cells}) == 12
     assert len(study.FULL.weights) == 20
     runs = study.all_runs(study.FULL)
     assert len(set(runs)) == len(runs)

@@ -9,16 +9,20 @@ import jax.numpy as jnp
 import optax
 
 from eupmu_jax import budget as pid
+from eupmu_jax.losses import Losses
 from experiments.peers.eupmu import eupmu, eupmu_budget
 from experiments.peers.exact_surgery import exact_surgery_budget
 from experiments.peers.method import Apply, Method, descend, random_label_losses, record
 
 
 class Rule(NamedTuple):
-    """init() -> state; update(state, y) -> (multiplier, state), y the observed share of the budget spent."""
+    """init() -> state; update(state, y, forget_loss) -> (multiplier, state).
+
+    y is the observed share of the budget spent.
+    """
 
     init: Callable[[], Any]
-    update: Callable[[Any, jax.Array], tuple[jax.Array, Any]]
+    update: Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 def steered(
@@ -46,7 +50,7 @@ def steered(
         rule_state, optimizer_state, seen_ahead = state
         losses, pull = jax.vjp(lambda params: losses_fn(params, batch), params)
         seen = observe(params) if observe else seen_ahead if ahead else losses.retain
-        multiplier, rule_state = rule.update(rule_state, (seen - baseline) / budget)
+        multiplier, rule_state = rule.update(rule_state, (seen - baseline) / budget, losses.forget)
         weights = losses._replace(forget=1 / (1 + multiplier), retain=multiplier / (1 + multiplier))
         params, optimizer_state = descend(optimizer, pull(weights)[0], optimizer_state, params)
         if ahead:
@@ -60,7 +64,8 @@ def steered(
 def dual_ascent(optimizer: optax.GradientTransformation) -> Rule:
     """lambda <- max(0, lambda + optimiser's step along y - 1), lambda_0 = 1."""
 
-    def update(state, y):
+    def update(state, y, forget_loss):
+        del forget_loss
         multiplier, inner = state
         updates, inner = optimizer.update(1 - y, inner, multiplier)
         multiplier = jnp.maximum(0.0, multiplier + updates)
@@ -72,7 +77,8 @@ def dual_ascent(optimizer: optax.GradientTransformation) -> Rule:
 def proportional_integral() -> Rule:
     """lambda = max(0, 1 + smoothed error + 0.03 sum of errors), as nuPI, arXiv 2406.04558."""
 
-    def update(state, y):
+    def update(state, y, forget_loss):
+        del forget_loss
         smoothed, total = state
         smoothed = 0.9 * smoothed + 0.1 * (y - 1)
         # The sum stops where the multiplier is 0: else it would have to climb back.
@@ -85,7 +91,8 @@ def proportional_integral() -> Rule:
 def secant() -> Rule:
     """Dual ascent whose step is a tenth of the error over |dy / d lambda|, a secant of what was observed."""
 
-    def update(state, y):
+    def update(state, y, forget_loss):
+        del forget_loss
         multiplier, change, slope, smoothed = state
         smoothed_now = 0.8 * smoothed + 0.2 * y
         moved = jnp.abs(change) > 1e-6
@@ -102,7 +109,8 @@ def barrier() -> Rule:
     """Adam on the violation of one step, whose tolerance is a twentieth of what is left of the budget."""
     optimizer = optax.adam(0.05)
 
-    def update(state, y):
+    def update(state, y, forget_loss):
+        del forget_loss
         multiplier, inner, last, smoothed = state
         smoothed = 0.8 * smoothed + 0.2 * y
         updates, inner = optimizer.update(-(y - last - 0.05 * (1 - smoothed)), inner, multiplier)
@@ -116,7 +124,8 @@ def barrier() -> Rule:
 def multiplicative() -> Rule:
     """log lambda <- log lambda + 0.1 (smoothed y - 1)."""
 
-    def update(state, y):
+    def update(state, y, forget_loss):
+        del forget_loss
         exponent, smoothed = state
         smoothed = 0.8 * smoothed + 0.2 * y
         exponent = jnp.clip(exponent + 0.1 * jnp.clip(smoothed - 1, -1, 4), pid.LOWEST, pid.HIGHEST)
@@ -128,7 +137,8 @@ def multiplicative() -> Rule:
 def fixed_gains() -> Rule:
     """The package's controller with the same gains however noisy the observations, aimed at the budget."""
 
-    def update(state, y):
+    def update(state, y, forget_loss):
+        del forget_loss
         smoothed, total = state
         before, smoothed = smoothed, 0.8 * smoothed + 0.2 * y
         total = jnp.clip(total + 0.1 * (smoothed - 1), -3, 6)
@@ -141,9 +151,9 @@ def fixed_gains() -> Rule:
 def packaged() -> Rule:
     """The package's controller, to be given other observations."""
 
-    def update(state, y):
-        exponent, state = pid.control(state, y, jnp.ones([]))
-        return jnp.exp(exponent), state
+    def update(state, y, forget_loss):
+        exponent, state = pid.control(state, Losses(forget_loss, y), jnp.ones([]))
+        return pid.foresight(state) * jnp.exp(exponent), state
 
     return Rule(lambda: pid.init(jnp.ones([]), 0.0), update)
 

@@ -1,6 +1,7 @@
 """The runs of the study: cells of one grid under any controller, each finished one a record."""
 
 import itertools
+import zlib
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -100,15 +101,12 @@ def middle(budgets: tuple[float, ...]) -> float:
 
 
 def grid_cells(scale: Scale) -> list[Cell]:
-    """The grid: every inner optimiser, rate, schedule and budget at batch size 64, and other batch sizes.
-
-    Muon, whose steps take ten times as long on a CPU, has one budget.
-    """
+    """The grid: every inner optimiser, rate, schedule and budget at batch size 64, and other batch sizes."""
     problems = [
         (task, inner, rate, schedule, 64, budget)
         for task, inner in itertools.product(scale.tasks, scale.rates)
         for rate, schedule in itertools.product(scale.rates[inner], SCHEDULES)
-        for budget in ((middle(scale.budgets),) if inner == "Muon" else scale.budgets)
+        for budget in scale.budgets
     ]
     problems += itertools.product(
         scale.tasks, ("momentum",), (0.003, 0.01, 0.03), ("constant",), scale.batch_sizes, (0.1,)
@@ -128,11 +126,12 @@ def comparison_cells(scale: Scale) -> list[Cell]:
 
 
 def efficiency_cells(scale: Scale) -> list[Cell]:
-    """The twelve cells on which constant weights are swept."""
+    """The twelve cells on which constant weights are swept, for every trained model."""
     descents = [("momentum", 0.003), ("momentum", 0.01), ("Adam", 0.001), ("SGD", 0.1)]
     return [
-        cell
+        cell._replace(seed=seed)
         for cell in comparison_cells(scale)
+        for seed in scale.seeds
         if cell.schedule == "constant" and (cell.inner, cell.rate) in descents
     ]
 
@@ -143,7 +142,7 @@ def weight_name(weight: float) -> str:
 
 def all_runs(scale: Scale) -> list[tuple[str, Cell]]:
     """Every (controller, cell), once."""
-    runs = [(EUPMU, cell) for cell in grid_cells(scale)]
+    runs = [(EUPMU, cell) for cell in grid_cells(scale) + efficiency_cells(scale)]
     runs += [(FINE_TUNING, cell._replace(budget=0.0)) for _, cell in list(runs)]
     runs += [(name, cell) for name in CONTROLLERS for cell in comparison_cells(scale)]
     runs += [(FINE_TUNING, cell._replace(budget=0.0)) for cell in comparison_cells(scale)]
@@ -215,7 +214,9 @@ def make_runner(bench: Bench, tasks: dict[str, Task], originals: Models):
 
     def run(name: str, cell: Cell) -> dict[str, Any]:
         task = tasks[cell.task]
-        sizes = {"steps": steps, "batch_size": cell.batch_size, "seed": 200 + cell.seed}
+        # Batches of its own for every problem: else the luck of one stream is that of all.
+        problem = zlib.crc32(repr(cell._replace(budget=0.0)).encode())
+        sizes = {"steps": steps, "batch_size": cell.batch_size, "seed": problem}
         plan = make_plan(task.forget, task.retain, **sizes, independent=True)
         before = baseline(cell.task, cell.seed)
         knobs = {"learning_rate": cell.rate}
