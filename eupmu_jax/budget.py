@@ -1,4 +1,4 @@
-"""The controller that spends a total budget: PID on the logarithm of the multiplier."""
+"""The controller that spends a total budget: PID on log(multiplier), beside what is left to forget."""
 
 from typing import Any, NamedTuple
 
@@ -11,10 +11,9 @@ from eupmu_jax.losses import Losses
 # the losses and the learning rate, so that one setting serves all (derived in experiments/README.md).
 PROPORTIONAL, INTEGRAL, DERIVATIVE = 3.0, 0.1, 10.0
 SMOOTHING = 0.8
-# The multiplier that holds R falls with the forget loss: this power of it is taken without waiting for R.
-FORGET = 0.5
-# Below this share of U_0 there is nothing left to forget.
-FORGOTTEN = 0.01
+# The multiplier that holds R falls as what is left to forget does: this power of it, without waiting for R to
+# tell. Near the least of a quadratic U a power above 1/2 would feed back on itself.
+FORGET, FORGOTTEN = 0.5, 0.01
 # The gains hold for observations whose noise is below this share of the budget; noisier ones lower them.
 NOISE = 0.25
 NOISE_MEMORY = 20
@@ -28,7 +27,7 @@ STRAINED_STEPS, STRAINED = 50, 5.0
 
 
 class BudgetState(NamedTuple):
-    """O(K) scalars: R_0, what the observed losses say, the integral term, and how long R resisted.
+    """O(K) scalars: R_0 and U_0, what the observed losses say, the integral term, and how long R resisted.
 
     `noise` is the variance of one observation, from successive differences.
     """
@@ -69,14 +68,14 @@ def is_measuring(state: BudgetState) -> jax.Array:
 def control(
     state: BudgetState, losses: Losses, budget: jax.Array, lowest: float = LOWEST
 ) -> tuple[jax.Array, BudgetState]:
-    r"""The exponent x_t after R_t was observed, [] or [K], each utility for itself.
+    r"""The exponent x_t after U_t and R_t were observed, [] or [K], each utility for itself.
 
     .. math::
       e_t &= 0.8\, e_{t-1} + 0.2\, R_t, \qquad e_{-1} = R_0 \\
       v_t &= (e_t - R_0) / \delta - 0.97 \\
-      g_t &= \min(1, 0.15\, \delta / \sigma_t) \\
-      I_t &= I_{t-1} + 0.1 \sqrt{g_t}\, v_t \\
-      x_t &= g_t (3 v_t + 10 (e_t - e_{t-1}) / \delta) + I_t, \qquad \lambda_t = \lambda_0 e^{x_t}
+      g_t &= \min(1, 0.25\, \delta / \sigma_t) \\
+      I_t &= I_{t-1} + 0.1\, g_t v_t \\
+      x_t &= g_t (3 v_t + 10 (e_t - e_{t-1}) / \delta) + I_t
 
     with sigma_t the standard deviation of one observation, from successive differences. v_t is kept
     in [-1, 4] and x_t in [lowest, 8], by stopping the integral there; I_0 is such that x_0 = 0. A
@@ -99,8 +98,6 @@ def control(
     gain = NOISE * budget / jnp.sqrt(jnp.maximum(noise, (NOISE * budget) ** 2))
 
     error = jnp.clip((smoothed - baseline) / budget - TARGET, -1, FAR_ABOVE)
-    forget_baseline = jnp.where(first, forget_loss, state.forget_baseline)
-    forget = jnp.where(first, forget_loss, state.forget + (1 - SMOOTHING) * (forget_loss - state.forget))
     reaction = gain * (PROPORTIONAL * error + DERIVATIVE * (smoothed - before) / budget)
     integral = jnp.where(first, -reaction, state.integral + INTEGRAL * gain * error)
     integral = jnp.clip(integral, lowest - reaction, HIGHEST - reaction)
@@ -109,15 +106,15 @@ def control(
     strained = (exponent > STRAINED) & (smoothed > baseline + budget)
     strained_steps = jnp.clip(state.strained_steps + jnp.where(strained, 1, -1), 0, 2 * STRAINED_STEPS)
     stepped = BudgetState(
-        baseline,
-        forget_baseline,
-        forget,
-        retain_loss,
-        smoothed,
-        noise,
-        integral,
-        strained_steps,
-        state.steps + 1,
+        baseline=baseline,
+        forget_baseline=jnp.where(first, forget_loss, state.forget_baseline),
+        forget=jnp.where(first, forget_loss, state.forget + (1 - SMOOTHING) * (forget_loss - state.forget)),
+        last=retain_loss,
+        smoothed=smoothed,
+        noise=noise,
+        integral=integral,
+        strained_steps=strained_steps,
+        steps=state.steps + 1,
     )
     waiting = state._replace(baseline=baseline, steps=state.steps + 1)
     stepped = jax.tree.map(lambda new, old: jnp.where(measuring, old, new), stepped, waiting)
@@ -125,7 +122,11 @@ def control(
 
 
 def foresight(state: BudgetState) -> jax.Array:
-    """The factor of the multiplier that follows from how much is forgotten, [].
+    r"""The factor of the multiplier that follows from what is left to forget, [].
+
+    .. math:: \lambda_t = \lambda_0 \sqrt{\bar U_t / U_0}\, e^{x_t}
+
+    with U smoothed as R is and the ratio kept in [0.01, 1]; 1 where U_0 <= 0, as in gradient ascent.
 
     Source: ours.
     """

@@ -111,7 +111,8 @@ def eupmu(
         learning rate alone keeps the retain loss above the budget, ``surgery_info(state).infeasible``
         says so. Draw retain batches independently: in reshuffled passes a batch holds what was not
         trained on for longest, its loss lies above the whole set's, and less than the budget is spent.
-        The multiplier moves between e^-5 and e^8 times initial_multiplier: scale that by U / R.
+        The multiplier moves between e^-5 (a tenth of it when all is forgotten) and e^8 times
+        initial_multiplier: scale that by U / R.
       retain_baseline: R_0, the mean retain loss before unlearning, a float or [K]. None: the mean of
         the first 10 batches, during which the parameters stay where they are (updates are zero).
       axis_name: mesh axis or axes to average over inside shard_map or pmap, where every shard's

@@ -63,7 +63,7 @@ def run_quadratic(inner, budget, curvature=1.0, steps=4000, scales=(1.0, 1.0), f
 
 @pytest.mark.parametrize("inner", INNERS)
 def test_one_utility_ends_at_the_closed_form(inner, x64):
-    """h |s c|^2 = the target's share of the budget, 1 + lambda h = 1 / s, or as far as U alone wants to go."""
+    """h |s c|^2 = what is aimed at, 1 + lambda h = 1 / s, or as far as U alone wants to go."""
     rates = LEARNING_RATES[:2] if inner == "adam" else LEARNING_RATES
     budgets, rates = map(np.ravel, np.meshgrid([0.003, 0.03, 0.3, 3.0, 30.0], rates))
     run = lambda budget, rate: run_quadratic(INNERS[inner](rate), budget)
@@ -152,6 +152,34 @@ def test_any_stable_run_spends_the_budget(problems):
     kept = np.all((0.9 <= shares) & (shares <= 1.05), axis=1)
     assert np.all(kept), np.asarray(problems)[~kept]
     assert not np.any(infeasible)
+
+
+@pytest.mark.parametrize("start", [4.0, -4.0])
+def test_the_multiplier_of_given_losses(start, x64):
+    """The documented formulas: quiet, noisy, far above, below the budget; U falls to 0 or rises to it."""
+    baseline, budget, first = 0.5, 0.2, 3.0
+    rng = np.random.default_rng(0)
+    rises = np.concatenate([0.01 * np.arange(20), 0.2 + 0.1 * rng.normal(size=60), [9.0], 0.1 + np.zeros(40)])
+    forgets = start * 0.96 ** np.arange(len(rises))
+    losses_fn = lambda x, seen: eu.Losses(seen[0] + 0 * x, seen[1] + 0 * x)
+    known = {"budget": budget, "retain_baseline": baseline, "initial_multiplier": np.float64(first)}
+    tx = eu.eupmu(losses_fn, optax.sgd(0.1), **known)
+    seen = jnp.asarray(np.stack([forgets, baseline + rises], 1))
+    _, (_, multipliers, _) = jax.jit(lambda seen: drive(tx, lambda x: x, jnp.zeros(()), seen))(seen)
+
+    smoothed, left, noise, integral, last = 0.0, 1.0, 0.0, None, rises[0] / budget
+    for t, (rise, forget) in enumerate(zip(np.minimum(rises / budget, 20), forgets, strict=True)):
+        before, smoothed = smoothed, 0.8 * smoothed + 0.2 * rise
+        left = 1.0 if t == 0 else 0.8 * left + 0.2 * forget / start
+        noise += (np.clip(rise - last, -4, 4) ** 2 / 2 - noise) / min(max(t, 1), 20)
+        last = rise
+        gain = 0.25 / max(np.sqrt(noise), 0.25)
+        error = np.clip(smoothed - TARGET, -1, 4)
+        reaction = gain * (3 * error + 10 * (smoothed - before))
+        integral = -reaction if integral is None else integral + 0.1 * gain * error
+        integral = np.clip(integral, -5 - reaction, 8 - reaction)
+        factor = np.sqrt(np.clip(left, 0.01, 1)) if start > 0 else 1.0
+        np.testing.assert_allclose(multipliers[t], first * factor * np.exp(reaction + integral), rtol=1e-10)
 
 
 def restarts(rate, length, count):
@@ -511,81 +539,3 @@ def test_divergence_is_flagged():
     (_, state), _ = drive(tx, lambda x: jnp.sum(x**2), jnp.full(3, 0.1), steps=300)
     info = eu.surgery_info(state)
     assert bool(info.infeasible) or int(info.skipped_steps) > 0
-
-
-def run_exact(tx, losses_fn, x, steps):
-    """`explicit_surgery` in a chain, for so many steps: (x, state), and x after each."""
-    grads_fn = eu.forget_and_retain_grads(losses_fn)
-
-    def step(carry, _):
-        x, state = carry
-        losses, forget_grads, retain_grads = grads_fn(x, ())
-        updates, state = tx.update(forget_grads, state, x, retain_grads=retain_grads, losses=losses)
-        x = optax.apply_updates(x, updates)
-        return (x, state), x
-
-    return jax.lax.scan(step, (x, tx.init(x)), length=steps)
-
-
-@pytest.mark.parametrize("rate", [0.01, 0.03])
-@pytest.mark.parametrize("momentum", [None, 0.9])
-def test_exact_surgery_ends_where_eupmu_does(rate, momentum):
-    """One and three budgets, closed loop around the projection: the KKT point of both."""
-    budgets = jnp.array([0.1, 0.2, 0.15])
-    for retain, budget in ((lambda x: jnp.sum(x**2), 0.1), (lambda x: x**2, budgets)):
-        losses_fn = lambda x, batch, retain=retain: eu.Losses(jnp.sum((x - C32) ** 2), retain(x))
-        settings = {"budget": budget, "retain_baseline": 0.0}
-        inner = optax.sgd(rate, momentum=momentum)
-        exact = optax.chain(eu.explicit_surgery(**settings), inner)
-        (x, state), _ = run_exact(exact, losses_fn, jnp.zeros(3), 3000)
-        np.testing.assert_allclose(retain(x) / budget, TARGET, rtol=2e-3)
-        tx = eu.eupmu(losses_fn, inner, initial_multiplier=jnp.ones(jnp.shape(budget)), **settings)
-        (same, _), _ = drive(tx, retain, jnp.zeros(3), steps=3000)
-        np.testing.assert_allclose(x, same, rtol=2e-3, atol=1e-4)
-        assert not np.any(eu.surgery_info(state).infeasible)
-
-
-def test_exact_surgery_measures_its_baseline_and_skips_bad_steps():
-    losses_fn = lambda x, batch: eu.Losses(jnp.sum((x - C32) ** 2), 0.7 + jnp.sum(x**2))
-    tx = eu.explicit_surgery(budget=0.1)
-    (x, state), path = run_exact(optax.chain(tx, optax.sgd(0.01)), losses_fn, jnp.zeros(3), 12)
-    assert not np.any(path[: MEASURING_STEPS - 1])
-    assert np.all(x != 0)
-    np.testing.assert_allclose(state[0].dual_state.baseline, 0.7, rtol=1e-6)
-    losses, forget_grads, retain_grads = eu.forget_and_retain_grads(losses_fn)(x, ())
-    bad = losses._replace(retain=jnp.nan * losses.retain)
-    updates, skipped = tx.update(forget_grads, state[0], x, retain_grads=retain_grads, losses=bad)
-    assert not np.any(updates)
-    chex.assert_trees_all_equal(skipped, state[0]._replace(skipped_steps=state[0].skipped_steps + 1))
-    with pytest.raises(TypeError, match="losses="):
-        tx.update(forget_grads, state[0], x, retain_grads=retain_grads)
-    three = losses._replace(retain=jnp.ones(3))
-    with pytest.raises(ValueError, match="budget must have the shape"):
-        tx.update(forget_grads, state[0], x, retain_grads=retain_grads, losses=three)
-
-
-@pytest.mark.parametrize(
-    ("settings", "match"),
-    [
-        ({"budget": 0.0}, "budget must be > 0"),
-        ({"budget": 0.1, "tolerance": 0.1}, "budget cannot be combined with a tolerance"),
-        ({"retain_baseline": 0.1}, "give budget="),
-        ({"budget": 0.1, "retain_baseline": jnp.nan}, "retain_baseline must be finite"),
-    ],
-)
-def test_exact_surgery_refuses_what_eupmu_refuses(settings, match):
-    with pytest.raises(ValueError, match=match):
-        eu.explicit_surgery(**settings)
-
-
-def test_the_projection_is_batched():
-    """vmap over problems solves each one's programme as alone."""
-    rng = np.random.default_rng(0)
-    forget, retain = rng.normal(size=(16, 7)), rng.normal(size=(16, 4, 7))
-    slack = jnp.asarray(0.1 * rng.normal(size=(16, 4)), jnp.float32)
-    inputs = (jnp.asarray(forget, jnp.float32), jnp.asarray(retain, jnp.float32), slack)
-    directions, multipliers = jax.jit(jax.vmap(eu.unilateral_projection))(*inputs)
-    for i in range(16):
-        direction, multiplier = eu.unilateral_projection(*(leaf[i] for leaf in inputs))
-        np.testing.assert_allclose(directions[i], direction, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(multipliers[i], multiplier, rtol=1e-4, atol=1e-5)
