@@ -7,13 +7,14 @@ from eupmu_jax.dual import SurgeryInfo, multiplier, surgery_info
 from eupmu_jax.explicit import explicit_surgery, unilateral_projection
 from eupmu_jax.gradient import forget_and_retain_grads
 from eupmu_jax.implicit import implicit_surgery
-from eupmu_jax.losses import Losses
+from eupmu_jax.losses import Losses, Mean
 from eupmu_jax.method import eupmu
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Losses",
+    "Mean",
     "SurgeryInfo",
     "eupmu",
     "explicit_surgery",

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
-from eupmu_jax.losses import Losses, LossesFn, check_losses_fn, checked
+from eupmu_jax.losses import Losses, LossesFn, check_losses_fn, totals_and_counts
 
 AxisName = str | Sequence[str] | None
 
@@ -29,37 +30,50 @@ def linearize(
 ) -> Linearization:
     """Evaluates the losses once and keeps their derivative.
 
-    With an axis, each device differentiates its own shard's losses with respect to its own copy of
-    the parameters and the result is averaged: right with and without varying-axes tracking, and the
-    losses are averaged before anything nonlinear is done to them.
+    With an axis, each device differentiates its own shard's share of the losses with respect to its own
+    copy of the parameters and the results are summed: right with and without varying-axes tracking,
+    and the losses are reduced before anything nonlinear is done to them.
     """
     check_differentiable(params)
 
-    def local_losses(params):
+    def local_totals(params):
         out = losses_fn(params, batch)
         if has_aux and (not isinstance(out, tuple) or isinstance(out, Losses) or len(out) != 2):
             raise TypeError(
                 f"losses_fn with has_aux=True must return (Losses, aux), got {type(out).__name__}"
             )
         losses, aux = out if has_aux else (out, None)
-        return varying(checked(losses), axis_name), aux
+        totals, counts = totals_and_counts(losses)
+        return varying(totals, axis_name), (counts, aux)
 
     params = varying(params, axis_name)
-    losses, push, aux = jax.linearize(local_losses, params, has_aux=True)
+    totals, push, (counts, aux) = jax.linearize(local_totals, params, has_aux=True)
+    losses, counts = reduce(totals, counts, axis_name)
+
+    def push_share(tangent):
+        return jax.tree.map(jnp.divide, push(tangent), counts)
 
     def pull_back(cotangent, select=lambda losses: losses):
-        pull = jax.linear_transpose(lambda tangent: select(push(tangent)), params)
-        return mean(pull(varying(cotangent, axis_name))[0], axis_name)
+        pull = jax.linear_transpose(lambda tangent: select(push_share(tangent)), params)
+        return total(pull(varying(cotangent, axis_name))[0], axis_name)
 
     def push_forward(tangent):
-        return mean(push(varying(tangent, axis_name)), axis_name)
+        return total(push_share(varying(tangent, axis_name)), axis_name)
 
-    return Linearization(mean(losses, axis_name), aux, pull_back, push_forward)
+    return Linearization(losses, aux, pull_back, push_forward)
+
+
+def reduce(totals: Losses, counts: Losses, axis_name: AxisName) -> tuple[Losses, Losses]:
+    """The means over the whole axis, from one reduction, and the counts that they were divided by."""
+    if axis_name is not None:
+        parts, rebuild = ravel_pytree((totals, counts))
+        totals, counts = rebuild(total(varying(parts, axis_name), axis_name))
+    return jax.tree.map(jnp.divide, totals, counts), counts
 
 
 def retain_loss(losses_fn: LossesFn, params: Any, batch: Any, axis_name: AxisName = None) -> jax.Array:
     """R(params), shape [] or [K]."""
-    return mean(varying(checked(losses_fn(params, batch)).retain, axis_name), axis_name)
+    return reduce(*totals_and_counts(losses_fn(params, batch)), axis_name)[0].retain
 
 
 def forget_and_retain_grads(losses_fn: LossesFn, axis_name: AxisName = None):
@@ -131,8 +145,8 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
 
 
-def mean(tree: Any, axis_name: AxisName) -> Any:
-    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+def total(tree: Any, axis_name: AxisName) -> Any:
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
 def varying(tree: Any, axis_name: AxisName) -> Any:

@@ -7,6 +7,41 @@ import jax
 import jax.numpy as jnp
 
 
+class Mean(NamedTuple):
+    r"""A mean given as its sum and its count, for a part of `Losses`: exact when devices hold unequally many.
+
+    .. math:: \textstyle\sum_d \text{total}_d \;/\; \sum_d \text{count}_d
+
+    over the devices d of an axis_name, in place of the mean of their means. Anywhere else it is
+    total / count.
+
+    Args:
+      total: the sum over this device's examples, floating, shape [], or [K] for a retain loss.
+      count: how many those are (or the sum of their weights), real, [] or the shape of total; 0 on a
+        device that has none. It is not differentiated.
+
+    Raises:
+      Nothing itself; the functions that receive it raise as for `Losses`. Where no device has any,
+      the mean is NaN and the step is skipped.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import eupmu_jax as eu
+      >>> def losses_fn(params, batch):
+      ...     error = batch["mask"] * (params - batch["x"]) ** 2
+      ...     return eu.Losses(forget=error[0], retain=eu.Mean(jnp.sum(error), jnp.sum(batch["mask"])))
+      >>> batch = {"x": jnp.array([2.0, 1.0, 3.0]), "mask": jnp.array([1.0, 0.0, 1.0])}
+      >>> losses, _, _ = eu.forget_and_retain_grads(losses_fn)(jnp.array(1.0), batch)
+      >>> losses.retain
+      Array(2.5, dtype=float32)
+
+    Source: ours.
+    """
+
+    total: Any
+    count: Any
+
+
 class Losses(NamedTuple):
     r"""The forget loss U and the retain loss R of one batch: what ``losses_fn`` returns.
 
@@ -14,8 +49,9 @@ class Losses(NamedTuple):
       forget: U(theta), a scalar float, minimised in order to forget.
       retain: R(theta), the utility to preserve: a scalar float, or shape [K] for K utilities.
 
-    Both are means over the batch, in the loss's own units (nats for a cross-entropy). Return them
-    in float32 or wider: a difference of bfloat16 losses has too few digits to steer by.
+    Both are means over the batch, in the loss's own units (nats for a cross-entropy), or `Mean`, a sum
+    and a count each. Return them in float32 or wider: a difference of bfloat16 losses has too few
+    digits to steer by.
 
     Raises:
       Nothing itself; the functions that receive it raise TypeError for what is not floating point
@@ -51,23 +87,37 @@ def accumulation_dtype(*arrays):
 
 
 def checked(losses: Any, source: str = "losses_fn must return") -> Losses:
-    """`losses` as accumulation-dtype arrays; TypeError or ValueError if it is not a Losses."""
+    """`losses` as accumulation-dtype means; TypeError or ValueError if it is not a Losses."""
+    totals, counts = totals_and_counts(losses, source)
+    return jax.tree.map(jnp.divide, totals, counts)
+
+
+def totals_and_counts(losses: Any, source: str = "losses_fn must return") -> tuple[Losses, Losses]:
+    """Both in the accumulation dtype; what is no Mean is the total of one."""
     if not isinstance(losses, Losses):
         raise TypeError(f"{source} eupmu_jax.Losses(forget, retain), got {type(losses).__name__}")
+    totals, counts = {}, {}
     for name, loss, highest_rank in (("forget", losses.forget, 0), ("retain", losses.retain, 1)):
-        known = hasattr(loss, "dtype") or isinstance(loss, int | float)
-        dtype = jnp.result_type(loss) if known else type(loss).__name__
+        total, count = loss if isinstance(loss, Mean) else (loss, 1)
+        known = hasattr(total, "dtype") or isinstance(total, int | float)
+        dtype = jnp.result_type(total) if known else type(total).__name__
         if not known or not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"Losses.{name} must be floating point, got {dtype}")
-        if jnp.ndim(loss) > highest_rank:
+        if jnp.ndim(total) > highest_rank:
             wanted = "a scalar" if highest_rank == 0 else "a scalar or of shape [K]"
             raise ValueError(
-                f"Losses.{name} must be {wanted}, got shape {jnp.shape(loss)}: "
+                f"Losses.{name} must be {wanted}, got shape {jnp.shape(total)}: "
                 "reduce it over the batch, for instance with jnp.mean"
             )
-    forget, retain = jnp.asarray(losses.forget), jnp.asarray(losses.retain)
-    dtype = accumulation_dtype(forget, retain)
-    return Losses(forget.astype(dtype), retain.astype(dtype))
+        if jnp.shape(count) not in ((), jnp.shape(total)):
+            raise ValueError(
+                f"the count of Losses.{name} must be a scalar or of its total's shape {jnp.shape(total)}, "
+                f"got shape {jnp.shape(count)}"
+            )
+        totals[name], counts[name] = jnp.asarray(total), count
+    dtype = accumulation_dtype(*totals.values())
+    convert = lambda values: Losses(**{name: jnp.asarray(value, dtype) for name, value in values.items()})
+    return convert(totals), jax.lax.stop_gradient(convert(counts))
 
 
 def check_utilities(losses: Losses, multiplier: jax.Array) -> None:

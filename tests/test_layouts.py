@@ -1,4 +1,4 @@
-"""axis_name inside shard_map and pmap, and jit on sharded data: the one-device answer, in float64."""
+"""Every layout gives the one-device answer: float64, SGD with momentum, uneven masks, an empty shard."""
 
 from functools import lru_cache, partial
 
@@ -12,25 +12,38 @@ from jax.sharding import PartitionSpec as P
 
 import eupmu_jax as eu
 
-STEPS, ROWS, FEATURES = 12, 32, 5
-LAYOUTS = ["jit-sharded", "shard_map", "shard_map-unchecked", "pmap"]
+STEPS, ROWS, FEATURES, WIDTH = 12, 32, 5, 8
+KINDS = ["lookahead", "lagged", "directional", "implicit", "explicit"]
+JIT_LAYOUTS = ["jit", "jit, FSDP", "jit, Explicit axes"]
+AXIS_LAYOUTS = ["shard_map", "shard_map unchecked", "pmap"]
+LAYOUTS = JIT_LAYOUTS + AXIS_LAYOUTS
 
 
-def problem(utilities):
+def problem(utilities, plain=False):
+    """Masked losses of unequal counts, each with one empty shard of eight; or plain means of all rows."""
     rng = np.random.default_rng(0)
+    names = ("forget", *map(str, range(utilities)))
     batch = {
-        name: (jnp.asarray(rng.normal(size=(ROWS, FEATURES))), jnp.asarray(rng.normal(size=ROWS)))
-        for name in ("forget", *map(str, range(utilities)))
+        name: {
+            "x": jnp.asarray(rng.normal(size=(ROWS, FEATURES))),
+            "y": jnp.asarray(rng.normal(size=ROWS)),
+            "mask": jnp.asarray(rng.uniform(size=ROWS) < 0.6).at[4 * i : 4 * i + 4].set(False),
+        }
+        for i, name in enumerate(names)
     }
-    params = {"w": jnp.asarray(rng.normal(size=FEATURES)), "b": jnp.asarray(0.3)}
+    params = {"w": jnp.asarray(rng.normal(size=(FEATURES, WIDTH))), "v": jnp.asarray(rng.normal(size=WIDTH))}
 
     def losses_fn(params, batch):
-        def loss(part):
-            x, y = part
-            return 0.5 + jnp.mean((jnp.tanh(x @ params["w"]) + params["b"] - y) ** 2)
+        def mean(part):
+            errors = 0.5 + (jnp.tanh(part["x"] @ params["w"]) @ params["v"] - part["y"]) ** 2
+            if plain:
+                return jnp.mean(errors)
+            return eu.Mean(jnp.sum(part["mask"] * errors), jnp.sum(part["mask"]))
 
-        retain = [loss(batch[str(k)]) for k in range(utilities)]
-        return eu.Losses(loss(batch["forget"]), retain[0] if utilities == 1 else jnp.stack(retain))
+        forget, *retain = (mean(batch[name]) for name in names)
+        if utilities == 1:
+            return eu.Losses(forget, retain[0])
+        return eu.Losses(forget, jax.tree.map(lambda *parts: jnp.stack(parts), *retain))
 
     return losses_fn, params, batch
 
@@ -79,14 +92,32 @@ def on_layout(layout, step):
             return jax.tree.map(lambda leaf: leaf[0], out)
 
         return run
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    if layout == "jit-sharded":
-        place = lambda batch: jax.device_put(batch, NamedSharding(mesh, P("data")))
+    kind = AxisType.Explicit if "Explicit" in layout else AxisType.Auto
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    if layout in JIT_LAYOUTS:
         jitted = jax.jit(step)
-        return lambda params, state, batch: jitted(params, state, place(batch))
+
+        def run_jit(params, state, batch):
+            with jax.set_mesh(mesh):
+                return jitted(params, state, jax.device_put(batch, NamedSharding(mesh, P("data"))))
+
+        return run_jit
     checked = layout == "shard_map"
     specs = {"in_specs": (P(), P(), P("data")), "out_specs": P(), "check_vma": checked}
     return jax.jit(jax.shard_map(step, mesh=mesh, **specs))
+
+
+def placed(layout, params):
+    """The parameters as they are on that layout: the last axis over the devices under FSDP."""
+    if layout != "jit, FSDP":
+        return params
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    last = lambda leaf: NamedSharding(mesh, P(*[None] * (leaf.ndim - 1), "data"))
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, last(leaf)), params)
+
+
+def axis_of(layout):
+    return "data" if layout in AXIS_LAYOUTS else None
 
 
 def run(step, init, params, batch):
@@ -97,24 +128,35 @@ def run(step, init, params, batch):
 
 
 @lru_cache
-def on_one_device(kind, utilities):
-    losses_fn, params, batch = problem(utilities)
+def on_one_device(kind, utilities, plain=False):
+    losses_fn, params, batch = problem(utilities, plain)
     step, init = make_step(kind, losses_fn, utilities, axis_name=None)
     return run(jax.jit(step), init, params, batch)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["lookahead", "lagged", "directional", "implicit", "explicit"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("utilities", [1, 3])
 def test_same_answer_on_eight_devices(layout, kind, utilities, x64):
     losses_fn, params, batch = problem(utilities)
-    axis_name = None if layout == "jit-sharded" else "data"
-    step, init = make_step(kind, losses_fn, utilities, axis_name)
-    ends = on_one_device(kind, utilities), run(on_layout(layout, step), init, params, batch)
+    step, init = make_step(kind, losses_fn, utilities, axis_of(layout))
+    ends = on_one_device(kind, utilities), run(on_layout(layout, step), init, placed(layout, params), batch)
+    if layout == "jit, FSDP":
+        assert all(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(ends[1][0]))
     for one, eight in zip(*map(jax.tree.leaves, ends), strict=True):
         np.testing.assert_allclose(eight, one, rtol=1e-12, atol=1e-12)
     if kind != "explicit":
         assert not np.allclose(eu.multiplier(ends[0][1]), 1.0), "the multiplier took part"
+
+
+@pytest.mark.parametrize("layout", AXIS_LAYOUTS)
+@pytest.mark.parametrize("kind", ["lookahead", "explicit"])
+def test_plain_means_of_equal_shards(layout, kind, x64):
+    losses_fn, params, batch = problem(3, plain=True)
+    step, init = make_step(kind, losses_fn, 3, "data")
+    ends = on_one_device(kind, 3, plain=True), run(on_layout(layout, step), init, params, batch)
+    for one, eight in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_allclose(eight, one, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("checked", [True, False])
@@ -138,10 +180,9 @@ def test_losses_that_are_already_averaged_over_the_axis(checked, x64):
 
 def test_a_fault_on_one_shard_skips_the_step_on_all(x64):
     losses_fn, params, batch = problem(1)
-    broken = batch | {"forget": (batch["forget"][0].at[3].set(jnp.nan), batch["forget"][1])}
+    broken = batch | {"forget": batch["forget"] | {"y": batch["forget"]["y"].at[3].set(jnp.nan)}}
     for layout in LAYOUTS:
-        axis_name = None if layout == "jit-sharded" else "data"
-        step, init = make_step("lookahead", losses_fn, 1, axis_name)
+        step, init = make_step("lookahead", losses_fn, 1, axis_of(layout))
         after, state = on_layout(layout, step)(params, init(params), broken)
         assert int(eu.surgery_info(state).skipped_steps) == 1
         np.testing.assert_array_equal(after["w"], params["w"])
