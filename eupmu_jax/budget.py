@@ -18,7 +18,7 @@ FORGET, FORGOTTEN = 0.5, 0.01
 NOISE = 0.25
 NOISE_MEMORY = 20
 # What is aimed at, and what is no longer told apart from "far above" it, in shares of the budget.
-TARGET, FAR_ABOVE, OUTLIER = 0.97, 4.0, 20.0
+TARGET, FAR_ABOVE, OUTLIER = 0.95, 4.0, 20.0
 # Of the exponent: beyond these the weights hardly change, and coming back would take the longer.
 LOWEST, HIGHEST = -5.0, 8.0
 MEASURING_STEPS = 10
@@ -72,14 +72,15 @@ def control(
 
     .. math::
       e_t &= 0.8\, e_{t-1} + 0.2\, R_t, \qquad e_{-1} = R_0 \\
-      v_t &= (e_t - R_0) / \delta - 0.97 \\
+      v_t &= (e_t - R_0) / \delta - 0.95 \\
       g_t &= \min(1, 0.25\, \delta / \sigma_t) \\
       I_t &= I_{t-1} + 0.1\, g_t v_t \\
       x_t &= g_t (3 v_t + 10 (e_t - e_{t-1}) / \delta) + I_t
 
     with sigma_t the standard deviation of one observation, from successive differences. v_t is kept
-    in [-1, 4] and x_t in [lowest, 8], by stopping the integral there; I_0 is such that x_0 = 0. A
-    rise counts as 20 budgets at most, in a difference 4, so that an outlier is soon forgotten.
+    in [-1, 4] and x_t in [lowest, 8], by stopping the integral there. I_0 = 2.85 is what makes x = 0
+    at R_0, and x_0 = 0 whatever the first batch shows. A rise counts as 20 budgets at most, in a
+    difference 4, so that an outlier is soon forgotten.
 
     Source: ours.
     """
@@ -99,7 +100,8 @@ def control(
 
     error = jnp.clip((smoothed - baseline) / budget - TARGET, -1, FAR_ABOVE)
     reaction = gain * (PROPORTIONAL * error + DERIVATIVE * (smoothed - before) / budget)
-    integral = jnp.where(first, -reaction, state.integral + INTEGRAL * gain * error)
+    # From x = 0 at R_0: what the first batch adds to that is noise, not to be remembered.
+    integral = jnp.where(first, PROPORTIONAL * TARGET, state.integral + INTEGRAL * gain * error)
     integral = jnp.clip(integral, lowest - reaction, HIGHEST - reaction)
     exponent = reaction + integral
 

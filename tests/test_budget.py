@@ -176,10 +176,11 @@ def test_the_multiplier_of_given_losses(start, x64):
         gain = 0.25 / max(np.sqrt(noise), 0.25)
         error = np.clip(smoothed - TARGET, -1, 4)
         reaction = gain * (3 * error + 10 * (smoothed - before))
-        integral = -reaction if integral is None else integral + 0.1 * gain * error
+        integral = 3 * TARGET if integral is None else integral + 0.1 * gain * error
         integral = np.clip(integral, -5 - reaction, 8 - reaction)
         factor = np.sqrt(np.clip(left, 0.01, 1)) if start > 0 else 1.0
-        np.testing.assert_allclose(multipliers[t], first * factor * np.exp(reaction + integral), rtol=1e-10)
+        exponent = 0.0 if t == 0 else reaction + integral
+        np.testing.assert_allclose(multipliers[t], first * factor * np.exp(exponent), rtol=1e-10)
 
 
 def restarts(rate, length, count):

@@ -22,6 +22,8 @@ from experiments.peers.random_labels import random_labels
 from experiments.unlearning import make_plan, make_unlearner, momentum
 
 FINE_TUNING = "fine-tuning"
+FORGETTING = "forgetting only"
+"""A budget that the first exceeds is infeasible; what the second leaves of one cannot be spent."""
 INNER: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "SGD": optax.sgd,
     "momentum": momentum,
@@ -143,7 +145,7 @@ def weight_name(weight: float) -> str:
 def all_runs(scale: Scale) -> list[tuple[str, Cell]]:
     """Every (controller, cell), once."""
     runs = [(EUPMU, cell) for cell in grid_cells(scale) + efficiency_cells(scale)]
-    runs += [(FINE_TUNING, cell._replace(budget=0.0)) for _, cell in list(runs)]
+    runs += [(name, cell._replace(budget=0.0)) for name in (FINE_TUNING, FORGETTING) for _, cell in runs]
     runs += [(name, cell) for name in CONTROLLERS for cell in comparison_cells(scale)]
     runs += [(FINE_TUNING, cell._replace(budget=0.0)) for cell in comparison_cells(scale)]
     runs += [
@@ -223,7 +225,7 @@ def make_runner(bench: Bench, tasks: dict[str, Task], originals: Models):
         if name in CONTROLLERS:
             knobs |= {"budget": cell.budget, "baseline": before[1]}
         elif name != FINE_TUNING:
-            knobs["weight"] = float(name.removeprefix("weight "))
+            knobs["weight"] = 0.0 if name == FORGETTING else float(name.removeprefix("weight "))
         knobs = {knob: jnp.float32(value) for knob, value in knobs.items()}
         kind = name if name in CONTROLLERS or name == FINE_TUNING else "weight"
         unlearn = program(kind, cell.inner, cell.schedule, cell.task if name == FULL_SIGHT else "")
