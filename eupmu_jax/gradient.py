@@ -44,10 +44,16 @@ def linearize(
             )
         losses, aux = out if has_aux else (out, None)
         totals, counts = totals_and_counts(losses)
+        if axis_name is None and (axes := varying_axes(totals) - varying_axes(params)):
+            raise ValueError(
+                f"the losses differ between the devices of the axis {', '.join(sorted(axes))} and params do "
+                "not, so their gradient would be a sum over it: pass axis_name"
+            )
         return varying(totals, axis_name), (counts, aux)
 
     params = varying(params, axis_name)
     totals, push, (counts, aux) = jax.linearize(local_totals, params, has_aux=True)
+    marked = (*varying_axes(totals), *as_axes(axis_name))
     losses, counts = reduce(totals, counts, axis_name)
 
     def push_share(tangent):
@@ -55,10 +61,10 @@ def linearize(
 
     def pull_back(cotangent, select=lambda losses: losses):
         pull = jax.linear_transpose(lambda tangent: select(push_share(tangent)), params)
-        return total(pull(varying(cotangent, axis_name))[0], axis_name)
+        return total(pull(varying(cotangent, marked))[0], axis_name)
 
     def push_forward(tangent):
-        return total(push_share(varying(tangent, axis_name)), axis_name)
+        return total(push_share(varying(tangent, varying_axes(params))), axis_name)
 
     return Linearization(losses, aux, pull_back, push_forward)
 
@@ -84,8 +90,7 @@ def forget_and_retain_grads(losses_fn: LossesFn, axis_name: AxisName = None):
 
     Args:
       losses_fn: pure function (params, batch) -> `Losses`.
-      axis_name: mesh axis or axes to average over inside shard_map or pmap, where every shard's
-        losses are means over equally many examples; None outside them.
+      axis_name: as for `eupmu`; None outside shard_map and pmap.
 
     Returns:
       A function (params, batch) -> (losses, forget_grads, retain_grads). The gradients have the
@@ -149,15 +154,23 @@ def total(tree: Any, axis_name: AxisName) -> Any:
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
+def varying_axes(tree: Any) -> frozenset[str]:
+    """The axes of a surrounding shard_map along which a leaf is known to differ."""
+    return frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(tree)))
+
+
+def as_axes(axis_name: AxisName) -> tuple[str, ...]:
+    if axis_name is None:
+        return ()
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
 def varying(tree: Any, axis_name: AxisName) -> Any:
     """`tree` with every leaf marked as differing between the devices of the axis."""
-    if axis_name is None:
-        return tree
-    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    axes = as_axes(axis_name)
 
     def mark(leaf):
-        known = jax.typeof(leaf).manual_axis_type.varying
-        missing = tuple(axis for axis in axes if axis not in known)
+        missing = tuple(axis for axis in axes if axis not in varying_axes(leaf))
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     try:

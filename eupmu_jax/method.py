@@ -107,16 +107,18 @@ def eupmu(
       budget: how much each retain loss may rise over the whole run, > 0, in the loss's units (nats of
         a cross-entropy; for a relative one 0.05 * R_0): a float, or an array [K]. It takes the
         place of tolerance and dual_optimizer, works on raw losses with normalised weights, and
-        observes as "lagged" does, since a look-ahead sees the batch that was just fitted. Where the
-        learning rate alone keeps the retain loss above the budget, ``surgery_info(state).infeasible``
-        says so. Draw retain batches independently: in reshuffled passes a batch holds what was not
-        trained on for longest, its loss lies above the whole set's, and less than the budget is spent.
+        observes as "lagged" does, since a look-ahead sees the batch that was just fitted. It aims at
+        95% of the budget, which leaves room for what batches cannot tell. Where the learning rate alone
+        keeps the retain loss above the budget, ``surgery_info(state).infeasible`` says so. Draw retain
+        batches independently: in reshuffled passes a batch holds what was not trained on for longest,
+        its loss lies above the whole set's, and less than the budget is spent.
         The multiplier moves between e^-5 (a tenth of it when all is forgotten) and e^8 times
         initial_multiplier: scale that by U / R.
       retain_baseline: R_0, the mean retain loss before unlearning, a float or [K]. None: the mean of
         the first 10 batches, during which the parameters stay where they are (updates are zero).
-      axis_name: mesh axis or axes to average over inside shard_map or pmap, where every shard's
-        losses are means over equally many examples. None under jit, on any sharding.
+      axis_name: mesh axis or axes to reduce over inside shard_map or pmap, where every shard's losses
+        are means over equally many examples, or `Mean`. None under jit, on any sharding. Left out
+        under ``check_vma=False`` or pmap each device silently goes its own way.
 
     Returns:
       A GradientTransformationExtraArgs. ``init(params)`` -> state, arrays only: inner's state and
@@ -144,7 +146,8 @@ def eupmu(
         finite or not of the retain loss's shape; a tolerance of another shape or not finite; a
         forget loss that is no scalar; a retain loss of rank > 1; updates unlike params. A budget <= 0,
         not finite or of another shape, or with a tolerance, a dual_optimizer, "directional",
-        log_losses, undivided weights or an initial multiplier of 0; a baseline without a budget.
+        log_losses, undivided weights or an initial multiplier of 0; a baseline without a budget. Losses
+        that differ between the devices of a shard_map while params do not, without axis_name.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -173,7 +176,7 @@ def eupmu(
       >>> for _ in range(300):
       ...     x, state = step(x, state, batch)
       >>> round(float(losses_fn(x, batch).retain), 3)
-      1.485
+      1.475
 
     Source: EUPMU, arXiv 2510.22124 ("lookahead", and "lagged" as its fast variant in the released
     code); "directional", K utilities, budgets, and skipping are ours.

@@ -186,3 +186,20 @@ def test_a_fault_on_one_shard_skips_the_step_on_all(x64):
         after, state = on_layout(layout, step)(params, init(params), broken)
         assert int(eu.surgery_info(state).skipped_steps) == 1
         np.testing.assert_array_equal(after["w"], params["w"])
+
+
+def test_losses_that_differ_between_devices_need_axis_name(x64):
+    """Where it can be seen; a model of its own on each device is left alone."""
+    losses_fn, params, batch = problem(1, plain=True)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    specs = {"mesh": mesh, "in_specs": (P(), P("data")), "out_specs": P("data")}
+    step = lambda params, batch: eu.forget_and_retain_grads(losses_fn)(params, batch)[0].forget[None]
+    with pytest.raises(ValueError, match=r"axis data .*pass axis_name"):
+        jax.shard_map(step, **specs)(params, batch)
+    own = lambda params, batch: step(jax.tree.map(lambda leaf: leaf[0], params), batch)
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf * (1 + i) for i in range(8)]), params)
+    losses = jax.jit(jax.shard_map(own, **specs | {"in_specs": P("data")}))(many, batch)
+    for i in range(8):
+        part = jax.tree.map(lambda leaf, i=i: leaf[4 * i : 4 * i + 4], batch)
+        model = jax.tree.map(lambda leaf, i=i: leaf[i], many)
+        np.testing.assert_allclose(losses[i], losses_fn(model, part).forget, rtol=1e-12)
