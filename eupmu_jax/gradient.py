@@ -64,7 +64,7 @@ def linearize(
         return total(pull(varying(cotangent, marked))[0], axis_name)
 
     def push_forward(tangent):
-        return total(push_share(varying(tangent, varying_axes(params))), axis_name)
+        return total(push_share(varying(tangent, tuple(varying_axes(params)))), axis_name)
 
     return Linearization(losses, aux, pull_back, push_forward)
 

@@ -28,7 +28,7 @@ class Config:
     Every run is told how many nats the retain loss may rise; the report says what it spent. Other
     controllers, constant weights, exact surgery, one budget for each class and convergence on convex
     problems are measured beside it. Writes tables.md, runs.csv, pictures and report.html to a new
-    folder under --runs-dir; about 30 min on two cores, --smoke (digits, a few cells) 1 min.
+    folder under --runs-dir; about 50 min on two cores, --smoke (digits, a few cells) 1 min.
     """
 
     smoke: bool = False
