@@ -109,6 +109,8 @@ def totals_and_counts(losses: Any, source: str = "losses_fn must return") -> tup
                 f"Losses.{name} must be {wanted}, got shape {jnp.shape(total)}: "
                 "reduce it over the batch, for instance with jnp.mean"
             )
+        if not (hasattr(count, "dtype") or isinstance(count, int | float)) or jnp.iscomplexobj(count):
+            raise TypeError(f"the count of Losses.{name} must be a real number, got {type(count).__name__}")
         if jnp.shape(count) not in ((), jnp.shape(total)):
             raise ValueError(
                 f"the count of Losses.{name} must be a scalar or of its total's shape {jnp.shape(total)}, "

@@ -35,6 +35,13 @@ def first_update(losses_fn, params=X, batch=(1.0, 1.0), **settings):
         (lambda p, b: eu.Losses(jnp.int32(1), p["w"].sum()), TypeError, "Losses.forget must be floating"),
         (lambda p, b: eu.Losses("a", p["w"].sum()), TypeError, "Losses.forget"),
         (lambda p, b: eu.Losses(p["w"].sum(), None), TypeError, "Losses.retain"),
+        (lambda p, b: eu.Losses(p["w"].sum(), eu.Mean(3, 1)), TypeError, "Losses.retain must be floating"),
+        (
+            lambda p, b: eu.Losses(p["w"].sum(), eu.Mean(p["w"].sum(), None)),
+            TypeError,
+            "count of Losses.retain",
+        ),
+        (lambda p, b: eu.Losses(eu.Mean(p["w"].sum(), p["w"]), 1.0), ValueError, "count of Losses.forget"),
     ],
 )
 def test_losses_fn_returns_something_else(losses_fn, error, match):
@@ -198,6 +205,20 @@ def test_eupmu_skips_a_bad_step_whole(measure):
         chex.assert_trees_all_equal(kept, state)
         state = after
     updates, _ = update(None, state, params, batch=(1.0, 1.0))
+    assert np.all(updates["w"] != 0)
+
+
+@pytest.mark.parametrize("measure", ["lookahead", "lagged", "directional"])
+def test_a_mean_of_no_examples_skips_the_step(measure):
+    def losses_fn(params, count):
+        return eu.Losses(jnp.sum(params["w"]), eu.Mean(count * jnp.sum(params["w"] ** 2), count))
+
+    tx = eu.eupmu(losses_fn, SGD, measure=measure)
+    updates, state = jax.jit(tx.update)(None, tx.init(X), X, batch=jnp.array(0))
+    chex.assert_trees_all_equal(updates, {"w": jnp.zeros(2)})
+    assert int(eu.surgery_info(state).skipped_steps) == 1
+    updates, state = jax.jit(tx.update)(None, state, X, batch=jnp.array(2))
+    assert int(eu.surgery_info(state).skipped_steps) == 1
     assert np.all(updates["w"] != 0)
 
 

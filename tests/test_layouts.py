@@ -149,6 +149,31 @@ def test_same_answer_on_eight_devices(layout, kind, utilities, x64):
         assert not np.allclose(eu.multiplier(ends[0][1]), 1.0), "the multiplier took part"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mean_is_its_total_by_its_count(kind, x64):
+    """On one device, a count of K and one that depends on the parameters included."""
+    losses_fn, params, batch = problem(3)
+
+    def divided(params, batch):
+        losses = losses_fn(params, batch)
+        return eu.Losses(*(part.total / jax.lax.stop_gradient(part.count) for part in losses))
+
+    def moving(params, batch):
+        factor = jnp.sum(params["v"] ** 2)
+        fixed = jax.lax.stop_gradient(factor)
+        return eu.Losses(
+            *(eu.Mean(part.total * fixed, part.count * factor) for part in losses_fn(params, batch))
+        )
+
+    ends = []
+    for fn in (divided, losses_fn, moving):
+        step, init = make_step(kind, fn, 3, axis_name=None)
+        ends.append(run(jax.jit(step), init, params, batch))
+    for end in ends[1:]:
+        for one, same in zip(jax.tree.leaves(ends[0]), jax.tree.leaves(end), strict=True):
+            np.testing.assert_allclose(same, one, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("layout", AXIS_LAYOUTS)
 @pytest.mark.parametrize("kind", ["lookahead", "explicit"])
 def test_plain_means_of_equal_shards(layout, kind, x64):
