@@ -1,5 +1,6 @@
 """Every layout gives the one-device answer: float64, SGD with momentum, uneven masks, an empty shard."""
 
+import re
 from functools import lru_cache, partial
 
 import jax
@@ -182,6 +183,22 @@ def test_plain_means_of_equal_shards(layout, kind, x64):
     ends = on_one_device(kind, 3, plain=True), run(on_layout(layout, step), init, params, batch)
     for one, eight in zip(*map(jax.tree.leaves, ends), strict=True):
         np.testing.assert_allclose(eight, one, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["shard_map", "shard_map unchecked"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_collectives_of_the_compiled_step(layout, kind, x64):
+    """One reduction of the gradient and one of the losses; one more where R is looked at again."""
+    losses_fn, params, batch = problem(3)
+    step, init = make_step(kind, losses_fn, 3, "data")
+    compiled = on_layout(layout, step).lower(params, init(params), batch).compile().as_text()
+    collectives = re.findall(
+        r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter)(?:-start)?\(", compiled
+    )
+    assert {name for _, name in collectives} == {"all-reduce"}
+    of_gradient = [shape for shape, _ in collectives if f"{FEATURES},{WIDTH}]" in shape]
+    assert len(of_gradient) == 1
+    assert len(collectives) - 1 == (2 if kind in ("lookahead", "directional") else 1)
 
 
 @pytest.mark.parametrize("checked", [True, False])
