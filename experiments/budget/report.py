@@ -87,7 +87,7 @@ def by_group(runs: Frame) -> Frame:
 
 
 def controllers_table(runs: Frame, scale: Scale) -> Frame:
-    """Every controller on the same cells; forget losses as a ratio to EUPMU's, geometric mean."""
+    """Every controller on the same cells; forget losses as a ratio to EUPMU's, geometric mean and median."""
     cells = comparison_cells(scale)
     ours = chosen(runs, EUPMU, cells).set_index(list(Cell._fields))
     rows = {}
@@ -95,7 +95,11 @@ def controllers_table(runs: Frame, scale: Scale) -> Frame:
         part = chosen(runs, name, cells)
         ratio = part.set_index(list(Cell._fields))["forget_loss"] / ours["forget_loss"]
         ratio = ratio[ours["feasible"].astype(bool)].replace([0, np.inf], np.nan).dropna()
-        rows[name] = summary(part) | {"forget loss / EUPMU": f"{np.exp(np.log(ratio).mean()):.2f}"}
+        ratios = {
+            "forget loss / EUPMU": f"{np.exp(np.log(ratio).mean()):.2f}",
+            "median": f"{ratio.median():.2f}",
+        }
+        rows[name] = summary(part) | ratios
     return pd.DataFrame(rows).T.drop(columns="feasible runs", errors="ignore").fillna("-")
 
 
