@@ -3,10 +3,12 @@
 EUPMU (implicit gradient surgery, arXiv 2510.22124) as an Optax transformation.
 """
 
+from eupmu_jax.accumulation import accumulated
 from eupmu_jax.dual import SurgeryInfo, multiplier, surgery_info
 from eupmu_jax.explicit import explicit_surgery, unilateral_projection
 from eupmu_jax.gradient import forget_and_retain_grads
 from eupmu_jax.implicit import implicit_surgery
+from eupmu_jax.layouts import training_step
 from eupmu_jax.losses import Losses, Mean
 from eupmu_jax.method import eupmu
 
@@ -16,11 +18,13 @@ __all__ = [
     "Losses",
     "Mean",
     "SurgeryInfo",
+    "accumulated",
     "eupmu",
     "explicit_surgery",
     "forget_and_retain_grads",
     "implicit_surgery",
     "multiplier",
     "surgery_info",
+    "training_step",
     "unilateral_projection",
 ]

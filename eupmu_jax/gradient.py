@@ -44,11 +44,7 @@ def linearize(
             )
         losses, aux = out if has_aux else (out, None)
         totals, counts = totals_and_counts(losses)
-        if axis_name is None and (axes := varying_axes(totals) - varying_axes(params)):
-            raise ValueError(
-                f"the losses differ between the devices of the axis {', '.join(sorted(axes))} and params do "
-                "not, so their gradient would be a sum over it: pass axis_name"
-            )
+        check_reduced(totals, params, axis_name)
         return varying(totals, axis_name), (counts, aux)
 
     params = varying(params, axis_name)
@@ -148,6 +144,23 @@ def all_finite(tree: Any) -> jax.Array:
     """Whether every element is finite; a bool []."""
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
+
+
+def check_reduced(totals: Losses, params: Any, axis_name: AxisName) -> None:
+    """ValueError where the losses of one device would pass for those of all."""
+    if axes := varying_axes(totals) - varying_axes(params):
+        raise ValueError(
+            f"the losses differ between the devices of the axis {', '.join(sorted(axes))} and params do "
+            "not, so their gradient would be a sum over it: pass axis_name"
+        )
+    manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+    # Without tracking (check_vma=False, pmap) nothing can be marked as differing between devices.
+    if axis_name is None and manual and not varying_axes(varying(totals, manual)):
+        raise ValueError(
+            f"inside pmap, or shard_map with check_vma=False, over {', '.join(manual)} it cannot be seen "
+            "whether the losses are those of all devices: pass axis_name, or axis_name=() if each device "
+            "has a model of its own"
+        )
 
 
 def total(tree: Any, axis_name: AxisName) -> Any:

@@ -75,7 +75,7 @@ def implicit_surgery(
       decays its moments. ``eupmu(losses_fn, inner)`` skips those too.
 
       ``optax.MultiSteps`` averages gradients but not losses, so around this it pairs the last
-      mini-batch's losses with the mean gradient: compute both on the whole batch instead.
+      mini-batch's losses with the mean gradient: `accumulated` computes both of the whole batch.
 
     Raises:
       TypeError: losses is missing or no Losses; a leaf of params is not floating; dual_optimizer is

@@ -117,8 +117,8 @@ def eupmu(
       retain_baseline: R_0, the mean retain loss before unlearning, a float or [K]. None: the mean of
         the first 10 batches, during which the parameters stay where they are (updates are zero).
       axis_name: mesh axis or axes to reduce over inside shard_map or pmap, where every shard's losses
-        are means over equally many examples, or `Mean`. None under jit, on any sharding. Left out
-        under ``check_vma=False`` or pmap each device silently goes its own way.
+        are means over equally many examples, or `Mean`; () there for a model of its own on each
+        device. None under jit, on any sharding.
 
     Returns:
       A GradientTransformationExtraArgs. ``init(params)`` -> state, arrays only: inner's state and
@@ -131,8 +131,8 @@ def eupmu(
       everything else kept and ``surgery_info(state).skipped_steps`` incremented. An inner optimiser
       that overflows by itself is seen by the look-ahead only.
 
-      ``optax.MultiSteps`` around this sees the last mini-batch only: make batch the whole batch
-      instead. ``optax.apply_if_finite`` and other wrappers that inspect ``updates`` need a pytree
+      ``optax.MultiSteps`` around this sees the last mini-batch only: for a batch that is too large
+      use `accumulated`. ``optax.apply_if_finite`` and other wrappers that inspect ``updates`` need a pytree
       of zeros in place of None; ``optax.inject_hyperparams`` needs ``static_args=("losses_fn",)``.
       Wrappers that refuse extra arguments (``optax.lookahead``, ``optax.contrib.sam``,
       ``optax.contrib.split_real_and_imaginary``, a line search behind this) raise: use them as inner
@@ -147,7 +147,8 @@ def eupmu(
         forget loss that is no scalar; a retain loss of rank > 1; updates unlike params. A budget <= 0,
         not finite or of another shape, or with a tolerance, a dual_optimizer, "directional",
         log_losses, undivided weights or an initial multiplier of 0; a baseline without a budget. Losses
-        that differ between the devices of a shard_map while params do not, without axis_name.
+        that differ between the devices of a shard_map while params do not, or may (``check_vma=False``,
+        pmap), without axis_name.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
