@@ -11,20 +11,26 @@ from eupmu_jax.implicit import implicit_surgery
 from eupmu_jax.layouts import training_step
 from eupmu_jax.losses import Losses, Mean
 from eupmu_jax.method import eupmu
+from eupmu_jax.unlearning import History, exhausted, over_forgetting, reached, unlearn
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "History",
     "Losses",
     "Mean",
     "SurgeryInfo",
     "accumulated",
     "eupmu",
+    "exhausted",
     "explicit_surgery",
     "forget_and_retain_grads",
     "implicit_surgery",
     "multiplier",
+    "over_forgetting",
+    "reached",
     "surgery_info",
     "training_step",
     "unilateral_projection",
+    "unlearn",
 ]

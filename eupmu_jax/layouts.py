@@ -114,7 +114,7 @@ def split(batch: Any, specs: Any, mesh: Mesh) -> Any:
     def split_leaf(path, leaf, spec):
         if is_on(leaf, mesh):
             return leaf
-        spec = spec if np.ndim(leaf) else P()
+        spec = spec if np.ndim(leaf) >= len(spec) else P()
         try:
             return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), leaf)
         except ValueError as error:

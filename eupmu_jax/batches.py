@@ -1,0 +1,78 @@
+"""Pairs of forget and retain batches: any step's can be made again from the seed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+FORGET, RETAIN = 0, 1
+
+
+def check_set(data: Any, name: str, batch_size: int) -> int:
+    """The number of examples of `data`; ValueError unless a batch can be drawn from it."""
+    leaves = jax.tree.leaves(data)
+    lengths = {np.shape(leaf)[:1] for leaf in leaves}
+    if len(lengths) != 1 or () in lengths:
+        raise ValueError(
+            f"{name} must be arrays with one leading axis of examples, the same for all, or a function "
+            f"step -> batch; got shapes {[np.shape(leaf) for leaf in leaves]}"
+        )
+    (length,) = lengths.pop()
+    if length == 0:
+        raise ValueError(f"{name} is empty: there is nothing to {name}")
+    if batch_size > length:
+        raise ValueError(
+            f"batch_size {batch_size} is larger than the {name} set, which has {length} examples"
+        )
+    return length
+
+
+def shuffled_rows(seed: int, length: int, batch_size: int, step: int) -> np.ndarray:
+    """Rows of one batch from endless passes, each in an order of its own; int [batch_size]."""
+    first = step * batch_size
+    passes = range(first // length, (first + batch_size - 1) // length + 1)
+    order = np.concatenate([np.random.default_rng([seed, FORGET, i]).permutation(length) for i in passes])
+    return order[first % length :][:batch_size]
+
+
+def drawn_rows(seed: int, length: int, batch_size: int, step: int) -> np.ndarray:
+    """Rows of one batch that is drawn independently of all others, without repetition; int [batch_size]."""
+    return np.random.default_rng([seed, RETAIN, step]).choice(length, batch_size, replace=False)
+
+
+def source(data: Any, name: str, batch_size: int, seed: int) -> Callable[[int], Any]:
+    """step -> batch: the function that was given, or rows of the arrays that were.
+
+    Forget examples come in shuffled passes, so that each is seen equally often. Retain batches are
+    drawn anew at each step: in a pass the next batch would be what was not trained on for longest,
+    and a budget would be steered by that.
+    """
+    if callable(data):
+        return data
+    length = check_set(data, name, batch_size)
+    arrays = jax.tree.map(np.asarray, data)
+    rows = shuffled_rows if name == "forget" else drawn_rows
+
+    def batch(step: int) -> Any:
+        chosen = rows(seed, length, batch_size, step)
+        return jax.tree.map(lambda leaf: leaf[chosen], arrays)
+
+    return batch
+
+
+def stacked(forget: Callable, retain: Callable, start: int, stop: int) -> dict[str, Any]:
+    """The batches of steps start to stop - 1 along a leading axis."""
+    each = []
+    for step in range(start, stop):
+        try:
+            each.append({"forget": forget(step), "retain": retain(step)})
+        except Exception as error:
+            raise RuntimeError(f"the data of step {step} could not be had: {error}") from error
+    shapes = [jax.tree.map(np.shape, batch) for batch in each]
+    if odd := [start + i for i, shape in enumerate(shapes) if shape != shapes[0]]:
+        raise ValueError(
+            f"the batch of step {odd[0]} has shapes {shapes[odd[0] - start]}, that of step {start} "
+            f"{shapes[0]}: give all batches one shape (pad, and mask with Mean)"
+        )
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *each)

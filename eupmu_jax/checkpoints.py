@@ -1,0 +1,141 @@
+"""A run's folder: what the run is, its metrics line by line, and checkpoints through Orbax."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves by their path, whatever containers they are in."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def described(tree: Any) -> dict[str, str]:
+    """Shape and dtype of each leaf, as they stand in a run's description."""
+    return {path: f"{np.shape(leaf)} {jnp.result_type(leaf)}" for path, leaf in by_path(tree).items()}
+
+
+class Folder:
+    """What a run leaves on disk: run.json, metrics.jsonl, checkpoints/."""
+
+    def __init__(self, path: str | os.PathLike, run: dict[str, Any]):
+        """Opens the folder of a run, or makes it; ValueError if another run's is there."""
+        import orbax.checkpoint as ocp
+
+        self.ocp = ocp
+        self.path = pathlib.Path(path).absolute()
+        self.path.mkdir(parents=True, exist_ok=True)
+        description, run = self.path / "run.json", json.loads(json.dumps(run))
+        if not description.exists():
+            if any(self.path.iterdir()):
+                raise ValueError(f"folder {self.path} is not empty and not that of a run: give a new one")
+            write_whole(description, json.dumps(run, indent=2) + "\n")
+        elif (saved := read_description(description)) != run:
+            changed = sorted(key for key in saved.keys() | run.keys() if saved.get(key) != run.get(key))
+            changes = "; ".join(f"{key}: {saved.get(key)} there, {run.get(key)} now" for key in changed)
+            raise ValueError(
+                f"folder {self.path} holds a run with other settings ({changes}): give the same to go on "
+                "with it, or a new folder"
+            )
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+        self.manager = ocp.CheckpointManager(self.path / "checkpoints", options=options)
+        self.metrics = self.path / "metrics.jsonl"
+
+    def restore(self, like: Any) -> tuple[int, Any, list[dict[str, Any]]]:
+        """(steps done, tree, metrics up to there) of the last checkpoint, or (0, `like`, [])."""
+        step = self.manager.latest_step()
+        if step is None:
+            write_whole(self.metrics, "")
+            return 0, like, []
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), by_path(like)
+        )
+        try:
+            restored = self.manager.restore(step, args=self.ocp.args.StandardRestore(target))
+        except Exception as error:
+            raise ValueError(
+                f"checkpoint {self.path / 'checkpoints' / str(step)} cannot be read: {error}\n"
+                "Delete that folder to go on from the one before it, or from the start if there is none."
+            ) from error
+        lines = self.lines_up_to(step)
+        write_whole(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+        # What Orbax gives may share memory with its own buffers, which a step must not take over.
+        leaves = [restored[path].copy() for path in by_path(like)]
+        return step, jax.tree.unflatten(jax.tree.structure(like), leaves), lines
+
+    def lines_up_to(self, step: int) -> list[dict[str, Any]]:
+        lines = []
+        for text in self.metrics.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:  # written when the run was killed, after the checkpoint
+                break
+        kept = [line for line in lines if line["step"] <= step]
+        if sum("evaluation" not in line for line in kept) != step:
+            raise ValueError(
+                f"{self.metrics} does not hold all {step} steps of the checkpoint: restore the file"
+            )
+        return kept
+
+    def write(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Appends metrics, on disk before a checkpoint that counts on them."""
+        with self.metrics.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save(self, step: int, tree: Any) -> None:
+        """Starts to save; the last good checkpoint stays until this one is whole."""
+        try:
+            self.manager.save(step, args=self.ocp.args.StandardSave(by_path(tree)))
+        except Exception as error:
+            raise OSError(self.failed(step, error)) from error
+
+    def close(self) -> None:
+        """Waits for the checkpoint that is being written."""
+        try:
+            self.manager.wait_until_finished()
+        except Exception as error:
+            raise OSError(self.failed(self.manager.latest_step(), error)) from error
+        finally:
+            self.manager.close()
+
+    def export(self, params: Any) -> None:
+        """The parameters as params.safetensors, by path: for other programs, and nothing in it can run."""
+        from safetensors.flax import save_file
+
+        partial = self.path / "params.safetensors.partial"
+        try:
+            save_file(by_path(params), partial)
+            partial.replace(self.path / "params.safetensors")
+        except Exception as error:
+            raise OSError(f"{partial} could not be written: {error}. Make room and start again.") from error
+
+    def failed(self, step: int | None, error: Exception) -> str:
+        return (
+            f"a checkpoint at step {step} could not be written to {self.path}: {error}\n"
+            "Make room or mend the folder and start again: the run goes on from its last whole checkpoint."
+        )
+
+
+def read_description(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not the description of a run: {error}") from error
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Replaces the file at once: a reader, or a run that was killed, sees the old or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

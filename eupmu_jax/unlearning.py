@@ -1,0 +1,520 @@
+"""The whole run: batches, compiled chunks of steps, evaluation, early stopping, checkpoints, metrics."""
+
+import contextlib
+import itertools
+import os
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from eupmu_jax import batches
+from eupmu_jax.batches import stacked
+from eupmu_jax.checkpoints import Folder, described
+from eupmu_jax.dual import surgery_info
+from eupmu_jax.layouts import owned, place, split
+from eupmu_jax.losses import LossesFn, Mean, check_losses_fn
+from eupmu_jax.method import eupmu
+
+# A chunk is one compiled scan: long enough to keep the host out of the way, short enough to hold its batches.
+CHUNK_STEPS, CHUNK_BYTES = 100, 2**26
+# So many skipped steps in a row and the losses are broken rather than unlucky.
+SKIPPED_IN_A_ROW = 50
+
+
+class History(NamedTuple):
+    """What a run saw: the second value that `unlearn` returns.
+
+    Args:
+      steps: by name, an array with one entry for each step ([T] or [T, K]): forget_loss, retain_loss,
+        violation, multiplier, skipped_steps, infeasible, as in `SurgeryInfo`.
+      evaluations: what ``evaluate`` returned, each with its "step": how many steps were done.
+      best_step: the number of steps after which the returned parameters were had.
+      stopped: why the run ended before its last step, or None.
+
+    Source: ours.
+    """
+
+    steps: dict[str, np.ndarray]
+    evaluations: list[dict[str, Any]]
+    best_step: int
+    stopped: str | None
+
+
+def unlearn(
+    losses_fn: LossesFn,
+    params: Any,
+    forget: Any,
+    retain: Any,
+    inner: optax.GradientTransformation,
+    *,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int | tuple[int, int] = 64,
+    seed: int = 0,
+    evaluate: Callable[[Any], dict[str, float]] | None = None,
+    every: int | None = None,
+    score: Callable[[dict[str, Any]], float] | None = None,
+    stop: Callable[[dict[str, Any]], str | None] | None = None,
+    callbacks: Sequence[Callable[[Any, dict[str, Any]], None]] = (),
+    folder: str | os.PathLike | None = None,
+    mesh: Mesh | None = None,
+    **settings: Any,
+) -> tuple[Any, History]:
+    r"""A model, a forget set and a retain set in; an unlearned model and what happened out.
+
+    Runs `eupmu` for a number of steps,
+
+    .. math:: \theta_{t+1} = \theta_t + \text{update of } \texttt{eupmu}
+       \text{ on } (\text{forget batch}_t, \text{retain batch}_t), \quad t = 0, \dots, T - 1
+
+    in compiled chunks. Forget examples come in shuffled passes, retain batches are drawn independently;
+    both follow from the seed and t alone. With ``folder``, a run that was interrupted, even killed,
+    goes on from its last checkpoint when it is started again, and ends with the same parameters
+    to the bit. Needs the extra "run" for that folder and for the progress bar.
+
+    Args:
+      losses_fn: pure function (params, batch) -> `Losses`; batch is a dict of "forget" and "retain", rows
+        of the two sets, and "key", a PRNG key of the step's own for dropout or noise.
+      params: pytree of arrays, of Linen or ``nnx.split(model, nnx.Param, ...)``. Leaves that are not
+        floating are frozen; they reach losses_fn as they are. On a mesh as for `training_step`.
+      forget, retain: a pytree of arrays with a leading axis of examples (NumPy, memory-mapped, JAX),
+        or a function step -> batch that gives the same batch whenever it is asked for that step.
+      inner: the optimiser, for instance ``optax.adam(1e-4)``.
+      steps, epochs: how long: a number of steps, or of passes over the forget set. One of the two.
+      batch_size: rows of the forget and of the retain batch, one number or two.
+      seed: of batches and keys.
+      evaluate: params -> dict of numbers, run on the host every ``every`` steps, at the start and at the end.
+      every: steps between evaluations, callbacks and checkpoints; None: a tenth of the steps.
+      score: metrics -> number; the parameters with the highest are returned, the earliest of equals.
+        None: the last ones. Metrics are what evaluate returned, "step", and the latest forget_loss,
+        retain_loss, violation, multiplier, skipped_steps and infeasible.
+      stop: metrics -> why the run should end now, or None: see `reached`, `exhausted`, `over_forgetting`.
+      callbacks: functions (params, metrics), called after each evaluation: plots, other loggers.
+      folder: where metrics.jsonl, checkpoints and the description of the run go; the same one to
+        resume. None keeps nothing on disk.
+      mesh: as for `training_step`.
+      **settings: of `eupmu`: budget, retain_baseline, tolerance, measure, ... A budget without a
+        baseline gets the loss of the whole retain set before the first step.
+
+    Returns:
+      (params, history): params like those given, and a `History`.
+
+    Raises:
+      TypeError: what `eupmu` raises for its arguments.
+      ValueError: an empty set, a batch larger than its set, batches that change shape, neither or both of
+        steps and epochs; a folder with another run, a damaged checkpoint. And what `eupmu` raises.
+      RuntimeError: a data function that raises, naming the step; what was done until then is kept in
+        folder.
+      OSError: a checkpoint that cannot be written; the last good one is kept.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, numpy as np, optax
+      >>> import eupmu_jax as eu
+      >>> def losses_fn(x, batch):
+      ...     return eu.Losses(jnp.mean((x - batch["forget"]) ** 2), jnp.mean((x - batch["retain"]) ** 2))
+      >>> forget, retain = np.full(50, 2.0, np.float32), np.zeros(200, np.float32)
+      >>> x, history = eu.unlearn(
+      ...     losses_fn, jnp.array(0.0), forget, retain, optax.sgd(0.02),
+      ...     steps=300, batch_size=10, budget=0.25)
+      >>> bool(abs(x**2 - 0.25) < 0.02), history.stopped, history.steps["retain_loss"].shape
+      (True, None, (300,))
+
+    Source: ours.
+    """
+    check_losses_fn(losses_fn)
+    sizes = (batch_size, batch_size) if isinstance(batch_size, int) else tuple(batch_size)
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise ValueError(f"batch_size must be one or two numbers >= 1, got {batch_size}")
+    steps = number_of_steps(steps, epochs, forget, sizes[0])
+    every = max(1, steps // 10) if every is None else every
+    if every < 1:
+        raise ValueError(f"every must be a number of steps >= 1, got {every}")
+    draw = (
+        batches.source(forget, "forget", sizes[0], seed),
+        batches.source(retain, "retain", sizes[1], seed),
+    )
+
+    params = jax.tree.map(jnp.asarray, params)
+    free, frozen = parted(params)
+    if (
+        settings.get("budget") is not None
+        and settings.get("retain_baseline") is None
+        and not callable(retain)
+    ):
+        settings["retain_baseline"] = whole_retain_loss(losses_fn, params, draw[0](0), retain, sizes[1], seed)
+    tx = eupmu(lambda free, inputs: losses_fn(joined(free, inputs[1]), inputs[0]), inner, **settings)
+
+    with contextlib.ExitStack() as stack:
+        if mesh is not None:
+            stack.enter_context(jax.set_mesh(mesh))
+
+        def on_mesh(tree):
+            return tree if mesh is None else jax.tree.map(partial(place, mesh=mesh), tree)
+
+        free, frozen = owned(on_mesh(free)), on_mesh(frozen)
+        best = {
+            "score": jnp.float32(-jnp.inf),
+            "step": jnp.int32(0),
+            "params": owned(free) if score else None,
+        }
+        run = Run(free, owned(on_mesh(tx.init(free))), on_mesh(best))
+        done, seen, evaluations, book = 0, empty_records(run.state, steps), [], None
+        if folder is not None:
+            plan = {"steps": steps, "every": every, "batch_size": sizes, "seed": seed}
+            book = Folder(folder, description(run, {"forget": forget, "retain": retain}, settings, plan))
+            stack.callback(book.close)
+            done, run, lines = book.restore(run)
+            evaluations = read_lines(lines, seen)
+        stopped = evaluations[-1].get("stopped") if evaluations else None
+        run_chunk = chunk_runner(tx, run, mesh)
+        show = stack.enter_context(progress_bar(steps))
+
+        def pause(run: Run, why: str | None = None) -> Run:
+            """Evaluates, keeps the best so far, decides whether to go on, saves."""
+            metrics = {"step": done} | summary(seen, evaluations[-1]["step"] if evaluations else 0, done)
+            params = joined(run.params, frozen)
+            if evaluate is not None:
+                metrics |= {name: float(value) for name, value in evaluate(params).items()}
+            if done and score is not None and (value := np.float32(score(metrics))) > run.best["score"]:
+                best = {"score": jnp.float32(value), "step": jnp.int32(done), "params": owned(run.params)}
+                run = run._replace(best=on_mesh(best))
+            if done and stop is not None:
+                why = why or stop(metrics) or None
+            evaluations.append(metrics | ({"stopped": why} if why else {}))
+            if book is not None:
+                book.write([{"step": done, "evaluation": evaluations[-1]}])
+                if done:
+                    book.save(done, run)
+            for callback in callbacks:
+                callback(params, metrics)
+            return run
+
+        if not evaluations:
+            run = pause(run)
+        edges = chunk_edges(steps, every, stacked(*draw, 0, 1))
+        following = lambda step: int(edges[np.searchsorted(edges, step, "right")])
+        ahead = None
+        while done < steps and stopped is None:
+            end = following(done)
+            inputs = split_rows(stacked(*draw, done, end) if ahead is None else ahead, mesh)
+            carry, infos = run_chunk(run[:2], frozen, jax.random.key(seed), jnp.arange(done, end), inputs)
+            run, trouble = run._replace(params=carry[0], state=carry[1]), None
+            if end < steps:
+                # While the device is busy.
+                try:
+                    ahead = stacked(*draw, end, following(end))
+                except (RuntimeError, ValueError) as error:
+                    trouble = error
+            record(infos, seen, done)
+            if book is not None:
+                book.write(step_lines(seen, done, end))
+            done = end
+            show(done, seen)
+            if why := looks_broken(seen["skipped_steps"][:done]):
+                warnings.warn(f"stopped after {done} of {steps} steps: {why}", stacklevel=2)
+            if why or trouble or done % every == 0 or done == steps:
+                run = pause(run, why)
+                stopped = evaluations[-1].get("stopped")
+            if trouble is not None:
+                raise trouble
+        taken = run.best["params"] if score is not None and np.isfinite(run.best["score"]) else run.params
+        best_step = int(run.best["step"]) if taken is not run.params else done
+        params = joined(taken, frozen)
+        if book is not None:
+            book.export(params)
+    return params, History(
+        {name: values[:done] for name, values in seen.items()}, evaluations, best_step, stopped
+    )
+
+
+class Run(NamedTuple):
+    """What a checkpoint holds: everything that the rest of a run depends on, but for the data."""
+
+    params: Any
+    state: Any
+    best: dict[str, Any]
+
+
+def number_of_steps(steps: int | None, epochs: float | None, forget: Any, batch_size: int) -> int:
+    if (steps is None) == (epochs is None):
+        raise ValueError("give steps or epochs, one of the two")
+    if epochs is not None:
+        if callable(forget):
+            raise ValueError("epochs needs forget as arrays: a function has no known length, give steps")
+        steps = int(np.ceil(epochs * batches.check_set(forget, "forget", batch_size) / batch_size))
+    if steps is None or steps < 1:
+        raise ValueError(f"steps and epochs must be positive, got {steps if epochs is None else epochs}")
+    return int(steps)
+
+
+def parted(params: Any) -> tuple[Any, Any]:
+    """The floating leaves, to be trained, and the others, with None where the other has a leaf."""
+    if not jax.tree.leaves(params):
+        raise TypeError("params has no leaves: there is nothing to unlearn")
+    is_free = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+    free = jax.tree.map(lambda leaf: leaf if is_free(leaf) else None, params)
+    if not jax.tree.leaves(free):
+        raise TypeError("params has no floating-point leaf: there is nothing to unlearn")
+    return free, jax.tree.map(lambda leaf: None if is_free(leaf) else leaf, params)
+
+
+def joined(free: Any, frozen: Any) -> Any:
+    return jax.tree.map(lambda a, b: b if a is None else a, free, frozen, is_leaf=lambda node: node is None)
+
+
+def whole_retain_loss(losses_fn, params, forget_batch, retain, batch_size: int, seed: int) -> np.ndarray:
+    """R of the whole retain set, in batches; each Mean by its count, anything else by the rows it has."""
+    key = jax.random.key(seed)
+
+    @jax.jit
+    def sum_and_count(params, forget_batch, rows, index):
+        batch = {"forget": forget_batch, "retain": rows, "key": jax.random.fold_in(key, index)}
+        part = losses_fn(params, batch).retain
+        if isinstance(part, Mean):
+            return jnp.asarray(part.total, jnp.float32), jnp.asarray(part.count, jnp.float32)
+        amount = jax.tree.leaves(rows)[0].shape[0]
+        return jnp.asarray(part, jnp.float32) * amount, jnp.float32(amount)
+
+    length = batches.check_set(retain, "retain", batch_size)
+    total, count = np.float64(0), np.float64(0)
+    for index, start in enumerate(range(0, length, batch_size)):
+        rows = jax.tree.map(lambda leaf: np.asarray(leaf[start : start + batch_size]), retain)  # noqa: B023
+        parts = sum_and_count(params, forget_batch, rows, index)
+        total, count = total + np.asarray(parts[0], np.float64), count + np.asarray(parts[1], np.float64)
+    return np.asarray(total / count, np.float32)
+
+
+def chunk_edges(steps: int, every: int, first: Any) -> np.ndarray:
+    """Where chunks end: at every pause, and in between in nearly equal parts that fit the memory."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(first))
+    longest = int(np.clip(CHUNK_BYTES // max(size, 1), 1, CHUNK_STEPS))
+    pauses = [*range(0, steps, every), steps]
+    parts = [
+        np.linspace(start, end, -(-(end - start) // longest) + 1).round().astype(int)[1:]
+        for start, end in itertools.pairwise(pauses)
+    ]
+    return np.concatenate(parts)
+
+
+def chunk_runner(tx: optax.GradientTransformationExtraArgs, run: Run, mesh: Mesh | None):
+    """One compiled scan over the steps of a chunk; parameters and state are donated."""
+
+    def run_chunk(carry, frozen, key, steps, rows):
+        def one_step(carry, inputs):
+            (params, state), (step, batch) = carry, inputs
+            batch = batch | {"key": jax.random.fold_in(key, step)}
+            updates: Any = None
+            updates, state = tx.update(updates, state, params, batch=(batch, frozen))
+            return (optax.apply_updates(params, updates), state), surgery_info(state)._asdict()
+
+        return jax.lax.scan(one_step, carry, (steps, rows))
+
+    if mesh is None:
+        return jax.jit(run_chunk, donate_argnums=0)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, tuple(run[:2]))
+    return jax.jit(run_chunk, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
+
+
+def split_rows(rows: Any, mesh: Mesh | None) -> Any:
+    """A chunk's batches, their rows (the second axis) along the first axis of the mesh."""
+    return rows if mesh is None else split(rows, P(None, mesh.axis_names[0]), mesh)
+
+
+def empty_records(state: Any, steps: int) -> dict[str, np.ndarray]:
+    """For every step what surgery_info says."""
+    info = surgery_info(state)._asdict()
+    return {name: np.zeros((steps, *value.shape), value.dtype) for name, value in info.items()}
+
+
+def record(infos: dict[str, jax.Array], seen: dict[str, np.ndarray], start: int) -> None:
+    for name, values in jax.device_get(infos).items():
+        seen[name][start : start + len(values)] = values
+
+
+def step_lines(seen: dict[str, np.ndarray], start: int, end: int):
+    for i in range(start, end):
+        yield {"step": i + 1} | {name: values[i].tolist() for name, values in seen.items()}
+
+
+def read_lines(lines, seen: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Fills `seen` with the steps of metrics.jsonl and returns its evaluations."""
+    evaluations = []
+    for line in lines:
+        if "evaluation" in line:
+            evaluations.append(line["evaluation"])
+            continue
+        for name, values in seen.items():
+            values[line["step"] - 1] = line[name]
+    return evaluations
+
+
+def summary(seen: dict[str, np.ndarray], since: int, done: int) -> dict[str, Any]:
+    """Means of the losses since the last pause, and the latest of all else; nothing before the first step."""
+    if done == 0:
+        return {}
+    means = {
+        name: seen[name][min(since, done - 1) : done].mean(0).tolist()
+        for name in ("forget_loss", "retain_loss")
+    }
+    return {name: means.get(name, values[done - 1].tolist()) for name, values in seen.items()}
+
+
+def looks_broken(skipped: np.ndarray) -> str | None:
+    before = skipped[-SKIPPED_IN_A_ROW - 1] if len(skipped) > SKIPPED_IN_A_ROW else 0
+    if len(skipped) < SKIPPED_IN_A_ROW or skipped[-1] - before < SKIPPED_IN_A_ROW:
+        return None
+    return (
+        f"the last {SKIPPED_IN_A_ROW} steps were skipped, for a loss or a gradient was not finite: "
+        "look at the labels, the losses (log_losses needs them > 0) and the learning rate"
+    )
+
+
+def description(
+    run: Run, data: dict[str, Any], settings: dict[str, Any], plan: dict[str, Any]
+) -> dict[str, Any]:
+    """What must be the same for a run to go on: run.json."""
+
+    def plain(value):
+        if callable(value) or isinstance(value, optax.GradientTransformation):
+            return getattr(value, "__qualname__", type(value).__name__)
+        return value if isinstance(value, str | bool | None) else np.asarray(value).tolist()
+
+    def sketch(part):
+        if callable(part):
+            return "function"
+        heads = [np.ascontiguousarray(leaf[:1024]) for leaf in jax.tree.leaves(part)]
+        return described(part) | {
+            "crc32 of the first rows": zlib.crc32(b"".join(head.tobytes() for head in heads))
+        }
+
+    return {
+        **plan,
+        "settings": {name: plain(value) for name, value in sorted(settings.items())},
+        **{name: sketch(part) for name, part in data.items()},
+        "checkpoint": described(run),
+    }
+
+
+@contextlib.contextmanager
+def progress_bar(steps: int):
+    """show(done, seen): a live bar in a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda done, seen: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    text = TextColumn("{task.fields[losses]}")
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), text)
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=steps, losses="")
+
+        def show(done: int, seen: dict[str, np.ndarray]) -> None:
+            names = ("forget_loss", "retain_loss", "violation", "multiplier")
+            losses = "  ".join(f"{name} {np.max(seen[name][done - 1]):.4g}" for name in names)
+            bar.update(task, completed=done, losses=losses)
+
+        yield show
+
+
+def reached(name: str, *, at_most: float = np.inf, at_least: float = -np.inf):
+    """A rule for ``stop``: the metric is where it should be.
+
+    Args:
+      name: a key of the metrics, for instance one that evaluate returns.
+      at_most, at_least: its bounds, inclusive.
+
+    Returns:
+      metrics -> str or None.
+
+    Raises:
+      KeyError: from the rule, if there is no such metric.
+
+    Example:
+      >>> import eupmu_jax as eu
+      >>> eu.reached("forget_accuracy", at_most=0.1)({"forget_accuracy": 0.08})
+      'forget_accuracy reached 0.08'
+
+    Source: ours.
+    """
+    return lambda metrics: (
+        f"{name} reached {metrics[name]:.4g}" if at_least <= metrics[name] <= at_most else None
+    )
+
+
+def exhausted(baseline: float, budget: float):
+    """A rule for ``stop``: the mean retain loss since the last evaluation is above its budget.
+
+    .. math:: \\bar R - R_0 > \\delta \\quad\\text{for any utility}
+
+    Args:
+      baseline: R_0, a float or [K], in the loss's units.
+      budget: delta > 0, likewise.
+
+    Returns:
+      metrics -> str or None.
+
+    Raises:
+      Nothing.
+
+    Example:
+      >>> import eupmu_jax as eu
+      >>> eu.exhausted(baseline=0.5, budget=0.1)({"retain_loss": 0.62})
+      'the retain loss rose by 0.12, more than its budget 0.1'
+
+    Source: ours.
+    """
+
+    def rule(metrics):
+        rise = np.asarray(metrics["retain_loss"]) - baseline
+        return (
+            f"the retain loss rose by {np.max(rise):.4g}, more than its budget {budget}"
+            if np.any(rise > budget)
+            else None
+        )
+
+    return rule
+
+
+def over_forgetting(forget: str, unseen: str, slack: float = 0.0):
+    """A rule for ``stop``: the forget set does worse than data that was never trained on.
+
+    .. math:: a_{\\text{forget}} < a_{\\text{unseen}} - \\text{slack}
+
+    which a retrained model would not show and an attacker can see.
+
+    Args:
+      forget, unseen: keys of two metrics of which more is better, such as accuracies of the forget set and of
+        held-out data like it.
+      slack: how much lower is allowed, in the metrics' units.
+
+    Returns:
+      metrics -> str or None.
+
+    Raises:
+      KeyError: from the rule, if there is no such metric.
+
+    Example:
+      >>> import eupmu_jax as eu
+      >>> eu.over_forgetting("forget", "test")({"forget": 0.7, "test": 0.8})
+      'over-forgetting: forget 0.7 is below test 0.8'
+
+    Source: ours.
+    """
+
+    def rule(metrics):
+        if metrics[forget] >= metrics[unseen] - slack:
+            return None
+        return f"over-forgetting: {forget} {metrics[forget]:.4g} is below {unseen} {metrics[unseen]:.4g}"
+
+    return rule
