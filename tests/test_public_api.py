@@ -82,20 +82,26 @@ def test_own_arithmetic_is_strict(utilities, log_losses, dtype):
     exact.update(forget_grads, exact.init(params), params, retain_grads=retain_grads)
 
 
-def test_readme_examples_run():
+def test_readme_examples_run(tmp_path, monkeypatch):
+    """Each on the names that the text says are there."""
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     batch = {"forget": jnp.ones(3), "retain": jnp.zeros(3)}
     names = {
         "before": 0.1,
-        "params": jnp.full(3, 0.3),
         "loss": lambda params, part: jnp.mean((params - part) ** 2),
+        **{name: jnp.broadcast_to(part, (64, 3)) for name, part in batch.items()},
+        "batch": batch,
     }
     for block in blocks:
+        names["params"] = start = jnp.full(3, 0.3)
         exec(block, names)
-        params, state, _ = names["step"](names["params"], names["state"], batch)
-        assert not jnp.array_equal(params, names["params"])
-        assert int(eu.surgery_info(state).skipped_steps) == 0
+        if block is blocks[2]:
+            names["params"], names["state"], _ = names["step"](start, names["state"], batch)
+        assert not jnp.array_equal(names["params"], start)
+    assert len(names["history"].steps["violation"]) == 1000
+    assert int(eu.surgery_info(names["state"]).skipped_steps) == 0
 
 
 @pytest.mark.parametrize("page", ["README.md", "experiments/README.md"])
