@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 FORGET, RETAIN = 0, 1
@@ -12,6 +13,7 @@ FORGET, RETAIN = 0, 1
 def check_set(data: Any, name: str, batch_size: int) -> int:
     """The number of examples of `data`; ValueError unless a batch can be drawn from it."""
     leaves = jax.tree.leaves(data)
+    check_numeric(leaves, name)
     lengths = {np.shape(leaf)[:1] for leaf in leaves}
     if len(lengths) != 1 or () in lengths:
         raise ValueError(
@@ -26,6 +28,16 @@ def check_set(data: Any, name: str, batch_size: int) -> int:
             f"batch_size {batch_size} is larger than the {name} set, which has {length} examples"
         )
     return length
+
+
+def check_numeric(tree: Any, name: str) -> None:
+    """TypeError for a leaf that is no array of numbers."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        dtype = getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
+        if not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} must be an array of numbers, got dtype {dtype}"
+            )
 
 
 def shuffled_rows(seed: int, length: int, batch_size: int, step: int) -> np.ndarray:
@@ -61,18 +73,42 @@ def source(data: Any, name: str, batch_size: int, seed: int) -> Callable[[int], 
     return batch
 
 
-def stacked(forget: Callable, retain: Callable, start: int, stop: int) -> dict[str, Any]:
-    """The batches of steps start to stop - 1 along a leading axis."""
-    each = []
-    for step in range(start, stop):
-        try:
-            each.append({"forget": forget(step), "retain": retain(step)})
-        except Exception as error:
-            raise RuntimeError(f"the data of step {step} could not be had: {error}") from error
-    shapes = [jax.tree.map(np.shape, batch) for batch in each]
-    if odd := [start + i for i, shape in enumerate(shapes) if shape != shapes[0]]:
-        raise ValueError(
-            f"the batch of step {odd[0]} has shapes {shapes[odd[0] - start]}, that of step {start} "
-            f"{shapes[0]}: give all batches one shape (pad, and mask with Mean)"
-        )
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+def described(tree: Any) -> dict[str, str]:
+    """Shape and dtype of each leaf by its path."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): f"{np.shape(leaf)} {jnp.result_type(leaf)}" for path, leaf in leaves}
+
+
+def paired(
+    forget: Callable[[int], Any], retain: Callable[[int], Any]
+) -> Callable[[int, int], dict[str, Any]]:
+    """(start, stop) -> the batches of steps start to stop - 1 along a leading axis, all like the first."""
+
+    def pair(step: int) -> dict[str, Any]:
+        batches = {}
+        for name, batch in (("forget", forget), ("retain", retain)):
+            try:
+                batches[name] = batch(step)
+            except Exception as error:
+                raise RuntimeError(f"the {name} data of step {step} could not be had: {error}") from error
+        return batches
+
+    first = pair(0)
+    for name, batch in first.items():
+        check_numeric(batch, f"the first {name} batch")
+        if not jax.tree.leaves(batch):
+            raise ValueError(f"the first {name} batch has no arrays in it: {batch!r}")
+    shapes = described(first)
+
+    def stacked(start: int, stop: int) -> dict[str, Any]:
+        each = [pair(step) for step in range(start, stop)]
+        for step, batch in zip(range(start, stop), each, strict=True):
+            check_numeric(batch, f"the batch of step {step}")
+            if (got := described(batch)) != shapes:
+                raise ValueError(
+                    f"the batch of step {step} is {got}, that of step 0 {shapes}: give all batches one shape "
+                    "(pad, and mask with Mean) and dtype"
+                )
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+
+    return stacked

@@ -7,18 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 
 def by_path(tree: Any) -> dict[str, Any]:
     """The leaves by their path, whatever containers they are in."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def described(tree: Any) -> dict[str, str]:
-    """Shape and dtype of each leaf, as they stand in a run's description."""
-    return {path: f"{np.shape(leaf)} {jnp.result_type(leaf)}" for path, leaf in by_path(tree).items()}
 
 
 class Folder:
@@ -30,7 +23,10 @@ class Folder:
 
         self.ocp = ocp
         self.path = pathlib.Path(path).absolute()
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"folder {self.path} cannot be made: {error}") from error
         description, run = self.path / "run.json", json.loads(json.dumps(run))
         if not description.exists():
             if any(self.path.iterdir()):

@@ -175,7 +175,10 @@ def varying_axes(tree: Any) -> frozenset[str]:
 def as_axes(axis_name: AxisName) -> tuple[str, ...]:
     if axis_name is None:
         return ()
-    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    axes = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not isinstance(axes, Sequence) or not all(isinstance(axis, str) for axis in axes):
+        raise TypeError(f"axis_name must be a name, a sequence of names or None, got {axis_name!r}")
+    return tuple(axes)
 
 
 def varying(tree: Any, axis_name: AxisName) -> Any:

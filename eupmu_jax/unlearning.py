@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from eupmu_jax import batches
-from eupmu_jax.batches import stacked
-from eupmu_jax.checkpoints import Folder, described
+from eupmu_jax.batches import check_numeric, described
+from eupmu_jax.checkpoints import Folder
 from eupmu_jax.dual import surgery_info
 from eupmu_jax.layouts import owned, place, split
 from eupmu_jax.losses import LossesFn, Mean, check_losses_fn
@@ -132,18 +132,24 @@ def unlearn(
     Source: ours.
     """
     check_losses_fn(losses_fn)
-    sizes = (batch_size, batch_size) if isinstance(batch_size, int) else tuple(batch_size)
-    if len(sizes) != 2 or min(sizes) < 1:
-        raise ValueError(f"batch_size must be one or two numbers >= 1, got {batch_size}")
+    check_functions(evaluate=evaluate, score=score, stop=stop, callbacks=callbacks)
+    check_whole(seed, "seed", least=0)
+    sizes = tuple(batch_size) if isinstance(batch_size, tuple | list) else (batch_size, batch_size)
+    if len(sizes) != 2:
+        raise ValueError(f"batch_size must be one or two whole numbers, got {batch_size!r}")
+    for size in sizes:
+        check_whole(size, "batch_size")
     steps = number_of_steps(steps, epochs, forget, sizes[0])
     every = max(1, steps // 10) if every is None else every
-    if every < 1:
-        raise ValueError(f"every must be a number of steps >= 1, got {every}")
-    draw = (
-        batches.source(forget, "forget", sizes[0], seed),
-        batches.source(retain, "retain", sizes[1], seed),
-    )
+    check_whole(every, "every")
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh or None, got {type(mesh).__name__}")
+    if folder is not None and not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder must be a path or None, got {type(folder).__name__}")
+    draw = batches.source(forget, "forget", sizes[0], seed), batches.source(retain, "retain", sizes[1], seed)
+    stacked = batches.paired(*draw)
 
+    check_numeric(params, "params")
     params = jax.tree.map(jnp.asarray, params)
     free, frozen = parted(params)
     if (
@@ -201,18 +207,18 @@ def unlearn(
 
         if not evaluations:
             run = pause(run)
-        edges = chunk_edges(steps, every, stacked(*draw, 0, 1))
+        edges = chunk_edges(steps, every, stacked(0, 1))
         following = lambda step: int(edges[np.searchsorted(edges, step, "right")])
         ahead = None
         while done < steps and stopped is None:
             end = following(done)
-            inputs = split_rows(stacked(*draw, done, end) if ahead is None else ahead, mesh)
+            inputs = split_rows(stacked(done, end) if ahead is None else ahead, mesh)
             carry, infos = run_chunk(run[:2], frozen, jax.random.key(seed), jnp.arange(done, end), inputs)
             run, trouble = run._replace(params=carry[0], state=carry[1]), None
             if end < steps:
                 # While the device is busy.
                 try:
-                    ahead = stacked(*draw, end, following(end))
+                    ahead = stacked(end, following(end))
                 except (RuntimeError, ValueError) as error:
                     trouble = error
             record(infos, seen, done)
@@ -245,15 +251,30 @@ class Run(NamedTuple):
     best: dict[str, Any]
 
 
+def check_whole(value: Any, name: str, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+
+
+def check_functions(callbacks: Any, **functions: Any) -> None:
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function or None, got {function!r}")
+    if not isinstance(callbacks, list | tuple) or not all(map(callable, callbacks)):
+        raise TypeError(f"callbacks must be a list of functions (params, metrics), got {callbacks!r}")
+
+
 def number_of_steps(steps: int | None, epochs: float | None, forget: Any, batch_size: int) -> int:
     if (steps is None) == (epochs is None):
         raise ValueError("give steps or epochs, one of the two")
     if epochs is not None:
         if callable(forget):
             raise ValueError("epochs needs forget as arrays: a function has no known length, give steps")
+        if not isinstance(epochs, int | float) or not 0 < epochs < np.inf:
+            raise ValueError(f"epochs must be a number > 0, got {epochs!r}")
         steps = int(np.ceil(epochs * batches.check_set(forget, "forget", batch_size) / batch_size))
-    if steps is None or steps < 1:
-        raise ValueError(f"steps and epochs must be positive, got {steps if epochs is None else epochs}")
+    check_whole(steps, "steps")
+    assert steps is not None
     return int(steps)
 
 
