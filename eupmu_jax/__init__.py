@@ -3,6 +3,7 @@
 EUPMU (implicit gradient surgery, arXiv 2510.22124) as an Optax transformation.
 """
 
+from eupmu_jax import objectives as objectives
 from eupmu_jax.accumulation import accumulated
 from eupmu_jax.dual import SurgeryInfo, multiplier, surgery_info
 from eupmu_jax.explicit import explicit_surgery, unilateral_projection

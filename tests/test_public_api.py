@@ -12,12 +12,12 @@ import optax
 import pytest
 
 import eupmu_jax as eu
-from eupmu_jax import evaluation
+from eupmu_jax import evaluation, objectives
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-PUBLIC = [getattr(module, name) for module in (eu, evaluation) for name in module.__all__]
+PUBLIC = [getattr(module, name) for module in (eu, evaluation, objectives) for name in module.__all__]
 
 
 @pytest.mark.parametrize("thing", PUBLIC, ids=lambda thing: thing.__name__)
