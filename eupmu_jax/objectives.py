@@ -143,8 +143,8 @@ def gradient_ascent(logits: Any, labels: Any, mask: Any = None) -> jax.Array:
 
     .. math:: \log p_y; \qquad \text{over the tokens that count: their mean}
 
-    Range (-inf, 0]: nothing stops it, and the less probable a label is already, the harder it pushes;
-    `unlikelihood` and `npo` do not. It is negative, so it needs raw losses (log_losses=False).
+    Range (-inf, 0]: nothing stops it, and it pushes hardest where a label is least probable already;
+    `unlikelihood` and `npo` ease off. It is negative, so it needs raw losses (log_losses=False).
 
     Args:
       logits, labels, mask: as for `cross_entropy`, of the forget set.
@@ -170,8 +170,8 @@ def unlikelihood(logits: Any, labels: Any, mask: Any = None) -> jax.Array:
 
     .. math:: -\log(1 - p_y); \qquad \text{over the tokens that count: their mean}
 
-    Range [0, inf), 0 at p_y = 0, where its gradient vanishes, too. About p_y for small p_y, about the
-    margin of the label's logit for p_y near 1; never rounded to 0 or inf in between.
+    Range [0, inf), 0 only at p_y = 0, where its gradient vanishes, too. It is about p_y for a small p_y and
+    the margin of the label's logit for p_y near 1, accurate at both ends.
 
     Args:
       logits, labels, mask: as for `cross_entropy`, of the forget set; at least two classes.
@@ -193,7 +193,7 @@ def unlikelihood(logits: Any, labels: Any, mask: Any = None) -> jax.Array:
     log_p, log_p_label, labels, counts = _label_log_probability(logits, labels, mask)
     # 1 - p_y cancels for p_y near 1, the sum of the others rounds p_y away when it is near 0.
     is_probable = log_p_label > math.log(0.5)
-    is_other = jnp.arange(log_p.shape[-1], dtype=labels.dtype) != labels[..., None]
+    is_other = jax.lax.broadcasted_iota(labels.dtype, log_p.shape, log_p.ndim - 1) != labels[..., None]
     others = jax.nn.logsumexp(jnp.where(is_other, log_p, -jnp.inf), -1)
     improbable = jnp.where(is_probable, -1, log_p_label)
     return _mean_of_tokens(jnp.where(is_probable, -others, -jnp.log1p(-jnp.exp(improbable))), counts)
