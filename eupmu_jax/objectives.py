@@ -344,8 +344,8 @@ def simnpo(log_probability: Any, length: Any, beta: Any, gamma: Any = 0.0) -> ja
     Args:
       log_probability: log pi of each forget example, floating [B], from `sequence_log_probability`.
       length: |y|, the tokens of each that count, real [B]: mask.sum(-1).
-      beta: > 0, the inverse temperature; the paper searches it for each task, near 2.5.
-      gamma: the reward margin, in units of beta times nats per token.
+      beta: > 0, the inverse temperature, searched for each task by the paper's code, between 1 and 4.5.
+      gamma: the reward margin, added to beta times nats per token; that code's gamma times beta.
 
     Returns:
       [B], float32 or wider; NaN for a length that is not positive, for `masked_mean` to leave out.

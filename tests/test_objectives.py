@@ -279,6 +279,15 @@ def test_examples_without_tokens_are_nan_and_leave_no_trace(name):
     assert not np.any(slope[1])
 
 
+def test_simnpo_without_length_leaves_no_trace():
+    length = np.array([0, 3])
+    mean = lambda value: objectives.masked_mean(objectives.simnpo(value, length, 2.5), length > 0).total
+    total, slope = values_and_gradient(mean, np.array([0.0, -6.0], np.float32))
+    assert np.isfinite(total)
+    np.testing.assert_array_equal(slope != 0, [False, True])
+    assert np.all(np.isfinite(slope))
+
+
 def test_masked_classification_and_noise_leave_no_trace():
     logits, labels = jnp.array([[1.0, 2.0], [jnp.nan, 0.0]]), np.array([1, -100])
     mask = np.array([True, False])
