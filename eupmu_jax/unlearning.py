@@ -102,7 +102,7 @@ def unlearn(
       callbacks: functions (params, metrics), called after each evaluation: plots, other loggers.
       folder: where metrics.jsonl, checkpoints and the description of the run go; the same one to
         resume. None keeps nothing on disk.
-      mesh: as for `training_step`.
+      mesh: as for `training_step`, of one process.
       **settings: of `eupmu`: budget, retain_baseline, tolerance, measure, ... A budget without a
         baseline gets the loss of the whole retain set before the first step.
 
@@ -144,6 +144,8 @@ def unlearn(
     check_whole(every, "every")
     if mesh is not None and not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh or None, got {type(mesh).__name__}")
+    if jax.process_count() > 1:
+        raise ValueError("unlearn runs in one process: use training_step where there are several")
     if folder is not None and not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder must be a path or None, got {type(folder).__name__}")
     draw = batches.source(forget, "forget", sizes[0], seed), batches.source(retain, "retain", sizes[1], seed)
@@ -152,11 +154,8 @@ def unlearn(
     check_numeric(params, "params")
     params = jax.tree.map(jnp.asarray, params)
     free, frozen = parted(params)
-    if (
-        settings.get("budget") is not None
-        and settings.get("retain_baseline") is None
-        and not callable(retain)
-    ):
+    has_baseline = settings.get("retain_baseline") is not None or callable(retain)
+    if settings.get("budget") is not None and not has_baseline:
         settings["retain_baseline"] = whole_retain_loss(losses_fn, params, draw[0](0), retain, sizes[1], seed)
     tx = eupmu(lambda free, inputs: losses_fn(joined(free, inputs[1]), inputs[0]), inner, **settings)
 
@@ -228,9 +227,11 @@ def unlearn(
             show(done, seen)
             if why := looks_broken(seen["skipped_steps"][:done]):
                 warnings.warn(f"stopped after {done} of {steps} steps: {why}", stacklevel=2)
-            if why or trouble or done % every == 0 or done == steps:
+            if why or done % every == 0 or done == steps:
                 run = pause(run, why)
                 stopped = evaluations[-1].get("stopped")
+            elif trouble is not None and book is not None:
+                book.save(done, run)
             if trouble is not None:
                 raise trouble
         taken = run.best["params"] if score is not None and np.isfinite(run.best["score"]) else run.params
