@@ -12,7 +12,6 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import eupmu_jax as eu
 from experiments.scaling import hlo
 from experiments.scaling.flops import flops_of
 from experiments.scaling.model import FSDP, TENSOR, Size, parameter_shapes, parameter_specs
@@ -64,6 +63,8 @@ def prepare() -> None:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-256")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # No chip is held that two processes could fight over.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 def tpu_mesh(cell: Cell) -> Mesh:
@@ -90,16 +91,17 @@ def lowered(size: Size, cell: Cell, mesh: Mesh, method: str, **settings: Any) ->
     chosen = METHODS[method](make_losses(size, **settings))
     params, specs = parameter_shapes(size), parameter_specs(size)
     state = jax.eval_shape(chosen.init, params)
-    tokens = jax.ShapeDtypeStruct((cell.fsdp * cell.sequences, cell.time + 1), jnp.int32)
+    tokens: Any = jax.ShapeDtypeStruct((cell.fsdp * cell.sequences, cell.time + 1), jnp.int32)
+    batch = Batch(forget=tokens, retain=tokens)
     of = lambda tree: shardings_like(params, specs, tree, mesh)
     rows, everywhere = NamedSharding(mesh, P(FSDP)), NamedSharding(mesh, P())
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.jit(
             chosen.step,
-            in_shardings=(of(params), of(state), Batch(rows, rows)),
-            out_shardings=(of(params), of(state), eu.Losses(everywhere, everywhere)),
+            in_shardings=(of(params), of(state), rows),
+            out_shardings=(of(params), of(state), everywhere),
             donate_argnums=(0, 1),
-        ).trace(params, state, Batch(tokens, tokens))
+        ).trace(params, state, batch)
     return traced.lower(), traced.jaxpr.jaxpr
 
 

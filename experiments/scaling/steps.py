@@ -34,7 +34,7 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     def init(params):
         return inner.init(optax.tree.cast(params, jnp.float32))
 
-    def update(updates, state, params=None):
+    def update(updates, state, params: Any = None):
         wide = optax.tree.cast(updates, jnp.float32)
         wide, state = inner.update(wide, state, optax.tree.cast(params, jnp.float32))
         return optax.tree.cast_like(wide, updates), state
@@ -76,9 +76,10 @@ def fine_tuning(losses_fn: LossesFn) -> Method:
 def eupmu(losses_fn: LossesFn, measure: str) -> Method:
     """Implicit surgery."""
     tx = eu.eupmu(losses_fn, optimizer(), measure=measure)
+    no_updates: Any = None
 
     def step(params, state, batch):
-        updates, state = tx.update(None, state, params, batch=batch)
+        updates, state = tx.update(no_updates, state, params, batch=batch)
         info = eu.surgery_info(state)
         return optax.apply_updates(params, updates), state, eu.Losses(info.forget_loss, info.retain_loss)
 
