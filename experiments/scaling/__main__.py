@@ -1,0 +1,90 @@
+"""Memory, work and communication of a training step on up to 512 TPU chips, without a TPU."""
+
+import dataclasses
+import os
+import pathlib
+import sys
+import time
+
+# No device is used here, and looking for one takes a minute on a machine that has libtpu.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import tyro
+from rich.console import Console
+
+from experiments.classification.bench import open_records
+from experiments.report import note_session, read_origin, saved_config, start_run
+from experiments.scaling import report
+from experiments.scaling.compile import Cell, measure, prepare
+from experiments.scaling.model import SIZES, Size, count_parameters
+from experiments.scaling.steps import METHODS
+from experiments.terminal import progress_bar
+
+CELLS = [
+    Cell("7B", "v5e:16x16", fsdp=64, tensor=4, sequences=1),
+    Cell("70B", "v5p:8x8x8", fsdp=64, tensor=8, sequences=1),
+    Cell("0.1B", "v5e:2x2", fsdp=4, tensor=1, sequences=2),
+    Cell("70B", "v5e:16x16", fsdp=32, tensor=8, sequences=1),
+    Cell("1B", "v5e:4x4", fsdp=8, tensor=2, sequences=1),
+    Cell("7B", "v5p:2x4x4", fsdp=8, tensor=4, sequences=2),
+    Cell("7B", "v5e:8x8", fsdp=16, tensor=4, sequences=1),
+    Cell("70B", "v5p:4x8x8", fsdp=32, tensor=8, sequences=1),
+]
+SMALL = {"tiny": Size(layers=4, width=512, heads=4, kv_heads=2, hidden=1024, vocabulary=4096)}
+SMALL_CELLS = [Cell("tiny", "v5e:2x2", fsdp=2, tensor=2, sequences=1, time=512)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compile training steps of decoders of 0.1B to 70B parameters for 4 to 512 TPU chips, without a TPU.
+
+    Fine-tuning on one weighted loss, EUPMU lagged and lookahead, and exact surgery, with one AdamW
+    (bfloat16 parameters, float32 moments), FSDP x tensor parallel, on v5e and v5p: HBM per chip,
+    FLOPs, HBM traffic, collectives, and a roofline estimate of a step's time. Needs the extra
+    "scaling". Writes tables.md, rows.csv, a picture and report.html to a new folder under --runs-dir,
+    anew after each topology; about 50 min on two idle cores, --smoke (one small model, 4 chips) 2 min.
+    """
+
+    smoke: bool = False
+    """One small model on one topology."""
+
+    runs_dir: pathlib.Path = pathlib.Path("runs")
+    """Where the run's folder is made."""
+
+    resume: pathlib.Path | None = None
+    """The folder of an interrupted run to continue with that run's settings."""
+
+
+def main(config: Config) -> pathlib.Path:
+    console = Console()
+    start = time.perf_counter()
+    smoke = saved_config(config.resume, "scaling")["smoke"] if config.resume else config.smoke
+    cells, sizes = (SMALL_CELLS, SMALL) if smoke else (CELLS, SIZES)
+    prepare()
+    path = config.resume or start_run(config.runs_dir, "scaling", config)
+    console.print(f"{path} (interrupted? --resume {path})", soft_wrap=True, highlight=False)
+    amount = len(cells) * len(METHODS)
+    sections = []
+    with open_records(path / "records.jsonl") as records, progress_bar(console, amount) as progress:
+        note_session(path)
+        for cell in cells:
+            size = sizes[cell.model]
+            for method in METHODS:
+                progress(f"{report.label(cell)}: {method}", 0)
+                parameters = {"parameters": count_parameters(size)}
+                make = lambda size=size, cell=cell, method=method: measure(size, cell, method)
+                records.get((*cell, method), lambda make=make, p=parameters: make() | p)
+                progress(f"{report.label(cell)}: {method}", 1)
+            sections = report.write_report(path, records.by_key, cells, sizes, read_origin(path))
+    console.print(sections[0][1].to_markdown(), highlight=False)
+    console.print(f"{time.perf_counter() - start:.0f} s. All of it: {path / 'report.html'}", soft_wrap=True)
+    return path
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config, prog="python -m experiments.scaling"))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,140 @@
+"""One cell of the study: a step compiled for the chips of a topology that nobody has to own."""
+
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.scaling import hlo
+from experiments.scaling.flops import flops_of
+from experiments.scaling.model import FSDP, TENSOR, Size, parameter_shapes, parameter_specs
+from experiments.scaling.steps import METHODS, Batch, make_losses
+
+
+class Chip(NamedTuple):
+    """Published figures: FLOP/s in bfloat16, bytes/s of HBM, bytes of HBM, bytes/s that leave over ICI."""
+
+    flops: float
+    hbm_bandwidth: float
+    hbm: float
+    ici_bandwidth: float
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 819e9, 16e9, 1600e9 / 8),
+    "v5p": Chip(459e12, 2765e9, 95e9, 4800e9 / 8),
+}
+"""docs.cloud.google.com/tpu/docs/v5e and v5p: 1600 and 4800 Gbit/s of interconnect, all links one way."""
+
+
+class Cell(NamedTuple):
+    """A model on a topology: how its chips are split, and sequences of each kind for each FSDP shard."""
+
+    model: str
+    topology: str
+    fsdp: int
+    tensor: int
+    sequences: int
+    time: int = 2048
+
+    @property
+    def chip(self) -> str:
+        return self.topology.split(":")[0]
+
+    @property
+    def chips(self) -> int:
+        return self.fsdp * self.tensor
+
+
+def prepare() -> None:
+    """The TPU compiler for no TPU: ValueError that says how to install it."""
+    try:
+        import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError('the TPU compiler is missing: pip install -e ".[scaling]" brings libtpu') from None
+    # Without these it would look for a TPU, or ask Google's metadata server for one.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-256")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # No chip is held that two processes could fight over.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+def tpu_mesh(cell: Cell) -> Mesh:
+    """The cell's chips as a mesh of "fsdp" by "tensor"."""
+    devices = list(topologies.get_topology_desc(cell.topology, platform="tpu").devices)
+    split = mesh_utils.create_device_mesh((cell.fsdp, cell.tensor), devices, allow_split_physical_axes=True)
+    return Mesh(split, (FSDP, TENSOR))
+
+
+def shardings_like(params: Any, specs: Any, tree: Any, mesh: Mesh) -> Any:
+    """Shardings for a state: what is named and shaped like a parameter lies like it, all else everywhere."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    known = [(path, x.shape, s) for (path, x), s in zip(leaves, jax.tree.leaves(specs), strict=True)]
+
+    def find(path, leaf):
+        fits = (s for own, shape, s in known if path[-len(own) :] == own and shape == leaf.shape)
+        return NamedSharding(mesh, next(fits, P()))
+
+    return jax.tree_util.tree_map_with_path(find, tree)
+
+
+def lowered(size: Size, cell: Cell, mesh: Mesh, method: str, **settings: Any) -> tuple[Any, Any]:
+    """(the step's Lowered, its Jaxpr), parameters and state donated."""
+    chosen = METHODS[method](make_losses(size, **settings))
+    params, specs = parameter_shapes(size), parameter_specs(size)
+    state = jax.eval_shape(chosen.init, params)
+    tokens: Any = jax.ShapeDtypeStruct((cell.fsdp * cell.sequences, cell.time + 1), jnp.int32)
+    batch = Batch(forget=tokens, retain=tokens)
+    of = lambda tree: shardings_like(params, specs, tree, mesh)
+    rows, everywhere = NamedSharding(mesh, P(FSDP)), NamedSharding(mesh, P())
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = jax.jit(
+            chosen.step,
+            in_shardings=(of(params), of(state), rows),
+            out_shardings=(of(params), of(state), everywhere),
+            donate_argnums=(0, 1),
+        ).trace(params, state, batch)
+    return traced.lower(), traced.jaxpr.jaxpr
+
+
+def measure(
+    size: Size, cell: Cell, method: str, make_mesh: Callable[[Cell], Mesh] = tpu_mesh
+) -> dict[str, Any]:
+    """What the compiled step needs per chip; {"error": why} where the compiler refuses."""
+    start = time.perf_counter()
+    try:
+        low, jaxpr = lowered(size, cell, make_mesh(cell), method)
+        compiled = low.compile()
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+        return {"error": re.sub(r"\s+", " ", str(error))[:300]}
+    memory, traffic = compiled.memory_analysis(), hlo.traffic(hlo.parse(compiled.as_text()), cell.chips)
+    found = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "flops": flops_of(jaxpr) / cell.chips,
+        "bytes": traffic.hbm,
+        "sent": dict(traffic.sent),
+        "calls": dict(traffic.calls),
+        "compile_seconds": time.perf_counter() - start,
+    }
+    hbm = found["arguments"] + found["temporaries"] + found["outputs"] - found["aliased"]
+    return found | {"hbm": hbm}
+
+
+def estimated_seconds(chip: Chip, record: dict[str, Any]) -> dict[str, float]:
+    """Roofline: the time of each resource at its published peak; a step takes the longest, or more."""
+    return {
+        "compute": record["flops"] / chip.flops,
+        "HBM": record["bytes"] / chip.hbm_bandwidth,
+        "ICI": sum(record["sent"].values()) / chip.ici_bandwidth,
+    }

@@ -1,0 +1,195 @@
+"""The tables and pictures of the scaling study."""
+
+import pathlib
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from experiments.classification.bench import RecordsByKey
+from experiments.report import Frame, Section, save, write_csv, write_markdown, write_page
+from experiments.scaling.compile import CHIPS, Cell, estimated_seconds
+from experiments.scaling.hlo import KINDS
+from experiments.scaling.model import count_parameters
+from experiments.scaling.steps import EXACT, LAGGED, LOOKAHEAD, METHODS, PLAIN
+
+GIB = 2**30
+COLOURS = dict(zip(METHODS, ("black", "tab:blue", "tab:orange", "tab:red"), strict=True))
+
+
+def label(cell: Cell) -> str:
+    return f"{cell.model}, {cell.topology}, {cell.fsdp} x {cell.tensor}"
+
+
+def rows_frame(records: RecordsByKey, cells: list[Cell]) -> Frame:
+    """A line for each compiled step, ratios to fine-tuning in the same cell beside it."""
+    lines = []
+    for cell in cells:
+        plain = records.get((*cell, PLAIN))
+        for method in METHODS:
+            record = records.get((*cell, method))
+            if record is None:
+                continue
+            line: dict[str, Any] = {"cell": label(cell), "chips": cell.chips, "method": method}
+            if "error" in record:
+                lines.append(line | {"error": record["error"]})
+                continue
+            line |= {name: record[name] for name in ("arguments", "temporaries", "outputs", "aliased", "hbm")}
+            line |= {name: record[name] for name in ("flops", "bytes", "compile_seconds")}
+            line |= {f"{kind} bytes": record["sent"].get(kind, 0.0) for kind in KINDS}
+            line |= {f"{kind} calls": record["calls"].get(kind, 0) for kind in KINDS}
+            seconds = estimated_seconds(CHIPS[cell.chip], record)
+            line |= {f"estimated {name} seconds": value for name, value in seconds.items()}
+            line["estimated seconds"] = max(seconds.values())
+            line["bound"] = max(seconds, key=lambda name: seconds[name])
+            line["fits"] = record["hbm"] <= CHIPS[cell.chip].hbm
+            if plain and "error" not in plain:
+                line |= {f"{name} ratio": record[name] / plain[name] for name in ("hbm", "flops", "bytes")}
+                line["sent ratio"] = sum(record["sent"].values()) / max(1, sum(plain["sent"].values()))
+                line["extra per parameter"] = (
+                    (record["hbm"] - plain["hbm"]) * cell.chips / plain["parameters"]
+                )
+            lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def main_table(rows: Frame) -> Frame:
+    """HBM, work and estimated time of every step."""
+    lines = []
+    for _, row in rows.iterrows():
+        name = f"{row['cell']}: {row['method']}"
+        if "error" in row and isinstance(row["error"], str):
+            lines.append({"step": name, "HBM GiB": f"does not compile: {row['error']}"})
+            continue
+        bytes_of = [row[f"{kind} bytes"] for kind in KINDS]
+        lines.append(
+            {
+                "step": name,
+                "HBM GiB": f"{row['hbm'] / GIB:.3f}" + ("" if row["fits"] else " (too much)"),
+                "arguments": f"{row['arguments'] / GIB:.3f}",
+                "temporaries": f"{row['temporaries'] / GIB:.3f}",
+                "HBM / plain": f"{row['hbm ratio']:.3f}",
+                "bytes/param. more": f"{row['extra per parameter']:.2f}",
+                "TFLOP": f"{row['flops'] / 1e12:.2f}",
+                "FLOP / plain": f"{row['flops ratio']:.3f}",
+                "HBM traffic GB": f"{row['bytes'] / 1e9:.1f}",
+                "sent GB": f"{sum(bytes_of) / 1e9:.2f}",
+                "sent / plain": f"{row['sent ratio']:.3f}",
+                "est. ms": f"{1e3 * row['estimated seconds']:.1f}",
+                "bound by": row["bound"],
+            }
+        )
+    return pd.DataFrame(lines).set_index("step").fillna("-")
+
+
+def collectives_table(rows: Frame) -> Frame:
+    """GB that a chip sends in a step by kind of collective, and how often each runs."""
+    lines = {}
+    for _, row in rows[rows["hbm"].notna()].iterrows():
+        lines[f"{row['cell']}: {row['method']}"] = {
+            kind: f"{row[f'{kind} bytes'] / 1e9:.3f} ({row[f'{kind} calls']:.0f})" for kind in KINDS
+        }
+    return pd.DataFrame(lines).T
+
+
+def goals_table(rows: Frame) -> Frame:
+    """The least and greatest HBM relative to fine-tuning, against what was hoped for."""
+    goals = {LAGGED: "<= 1.01", LOOKAHEAD: "<= 1.05", EXACT: "-"}
+    lines = {}
+    for method, goal in goals.items():
+        found = rows[(rows["method"] == method) & rows["hbm ratio"].notna()]
+        if not len(found):
+            continue
+        lines[method] = {
+            "goal": goal,
+            "cells": f"{len(found)}",
+            "HBM / plain": f"{found['hbm ratio'].min():.3f} to {found['hbm ratio'].max():.3f}",
+            "kept in": f"{(found['hbm ratio'] <= float(goal[3:])).sum()}" if goal != "-" else "-",
+            "bytes/param. more": f"{found['extra per parameter'].min():.2f} to "
+            f"{found['extra per parameter'].max():.2f}",
+            "FLOP / plain": f"{found['flops ratio'].min():.3f} to {found['flops ratio'].max():.3f}",
+            "sent / plain": f"{found['sent ratio'].min():.3f} to {found['sent ratio'].max():.3f}",
+        }
+    return pd.DataFrame(lines).T
+
+
+def plot(path: pathlib.Path, rows: Frame) -> None:
+    """HBM relative to fine-tuning, and the three estimated times, for every cell."""
+    rows = rows[rows["hbm"].notna()]
+    cells = list(dict.fromkeys(rows["cell"]))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(14, 1.6 + 0.75 * len(cells)), sharey=True, layout="constrained"
+    )
+    height = 0.8 / len(METHODS)
+    for i, method in enumerate(METHODS):
+        part = rows[rows["method"] == method]
+        y = np.array([cells.index(cell) for cell in part["cell"]]) + (i - 1.5) * height
+        left.barh(y, part["hbm"] / GIB, height * 0.9, color=COLOURS[method], label=method)
+        for place, hbm, ratio in zip(y, part["hbm"] / GIB, part["hbm ratio"], strict=True):
+            left.text(hbm, place, f" {ratio:.3f}", va="center", fontsize=8)
+        right.barh(y, 1e3 * part["estimated seconds"], height * 0.9, color=COLOURS[method], label=method)
+        for place, seconds, bound in zip(y, 1e3 * part["estimated seconds"], part["bound"], strict=True):
+            right.text(seconds, place, f" {bound}", va="center", fontsize=8)
+    left.set_yticks(range(len(cells)), cells)
+    left.invert_yaxis()
+    left.set_xlabel("HBM per chip, GiB (written: relative to fine-tuning)")
+    right.set_xlabel("roofline estimate of a step, ms (written: what bounds it)")
+    for axis in (left, right):
+        axis.margins(x=0.12)
+        axis.spines[["top", "right"]].set_visible(False)
+    save(figure, path, legend=len(METHODS))
+
+
+def write_report(
+    path: pathlib.Path, records: RecordsByKey, cells: list[Cell], sizes, origin
+) -> list[Section]:
+    """All tables and the picture; returns the sections to show first."""
+    rows = rows_frame(records, cells)
+    write_csv(path / "rows.csv", rows, origin)
+    figures = pd.DataFrame(
+        {
+            name: {
+                "bf16 TFLOP/s": f"{chip.flops / 1e12:.0f}",
+                "HBM GB/s": f"{chip.hbm_bandwidth / 1e9:.0f}",
+                "HBM GB": f"{chip.hbm / 1e9:.0f}",
+                "ICI GB/s": f"{chip.ici_bandwidth / 1e9:.0f}",
+            }
+            for name, chip in CHIPS.items()
+        }
+    ).T
+    models = pd.DataFrame(
+        {
+            name: {"parameters": f"{count_parameters(size) / 1e9:.3f}e9"}
+            | {key: f"{value}" for key, value in size._asdict().items()}
+            for name, size in sizes.items()
+        }
+    ).T
+    missing = [label(cell) for cell in cells if not any((*cell, method) in records for method in METHODS)]
+    how = (
+        "Compiled by libtpu for chips that were not there; nothing was run. HBM per chip = arguments + "
+        "temporaries + outputs - aliased (parameters and state are donated). FLOPs are those of the matrix "
+        "products, recomputation included. HBM traffic (approximate: operands and results of every fusion "
+        "that lie in HBM) and collectives are read from the compiled program, loops counted in full. Sent: "
+        "bytes that leave a chip in a ring. The time is an estimate: the longest of FLOPs, HBM traffic and "
+        "sent bytes, each at the published peak of the chip, as if they overlapped perfectly."
+    )
+    sections = [
+        Section(
+            "HBM against fine-tuning",
+            how,
+            goals_table(rows),
+            *([] if rows["hbm"].isna().all() else ["hbm.png"]),
+        ),
+        Section(
+            "Steps", main_table(rows), *([f"Not compiled yet: {'; '.join(missing)}."] if missing else [])
+        ),
+        Section("Collectives", "GB sent by a chip in a step (runs).", collectives_table(rows)),
+        Section("Chips", figures),
+        Section("Models", models),
+    ]
+    if not rows["hbm"].isna().all():
+        plot(path / "hbm.png", rows)
+    write_markdown(path / "tables.md", "Scaling", sections, origin)
+    write_page(path / "report.html", "Scaling", sections, origin)
+    return sections

@@ -1,0 +1,107 @@
+"""The four training steps that are compared: one inner optimiser, one model, one pair of batches."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import eupmu_jax as eu
+from eupmu_jax.losses import LossesFn
+from experiments.scaling.model import Size, next_token_loss
+
+PLAIN, LAGGED, LOOKAHEAD, EXACT = "fine-tuning", "EUPMU lagged", "EUPMU lookahead", "exact surgery"
+
+
+class Batch(NamedTuple):
+    """Disjoint tokens [sequences, time + 1]; the last is only predicted."""
+
+    forget: jax.Array
+    retain: jax.Array
+
+
+class Method(NamedTuple):
+    """init(params) -> state, and step(params, state, batch) -> (params, state, losses)."""
+
+    init: Callable[[Any], Any]
+    step: Callable[[Any, Any, Batch], tuple[Any, Any, eu.Losses]]
+
+
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` with float32 state and arithmetic on parameters and gradients of any width."""
+
+    def init(params):
+        return inner.init(optax.tree.cast(params, jnp.float32))
+
+    def update(updates, state, params: Any = None):
+        wide = optax.tree.cast(updates, jnp.float32)
+        wide, state = inner.update(wide, state, optax.tree.cast(params, jnp.float32))
+        return optax.tree.cast_like(wide, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def optimizer() -> optax.GradientTransformation:
+    """AdamW with float32 moments."""
+    return in_float32(optax.adamw(1e-5, b2=0.95, weight_decay=0.1))
+
+
+def make_losses(size: Size, **settings: Any) -> LossesFn:
+    """Unlearning a set of texts: gradient descent on what to retain, bounded ascent on what to forget."""
+
+    def losses_fn(params, batch):
+        forget = next_token_loss(size, params, batch.forget, **settings)
+        return eu.Losses(jax.nn.softplus(4 - forget), next_token_loss(size, params, batch.retain, **settings))
+
+    return losses_fn
+
+
+def fine_tuning(losses_fn: LossesFn) -> Method:
+    """One weighted loss."""
+    inner = optimizer()
+
+    def step(params, state, batch):
+        def objective(params):
+            losses = losses_fn(params, batch)
+            return 0.5 * losses.forget + 0.5 * losses.retain, losses
+
+        (_, losses), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        updates, state = inner.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, losses
+
+    return Method(inner.init, step)
+
+
+def eupmu(losses_fn: LossesFn, measure: str) -> Method:
+    """Implicit surgery."""
+    tx = eu.eupmu(losses_fn, optimizer(), measure=measure)
+    no_updates: Any = None
+
+    def step(params, state, batch):
+        updates, state = tx.update(no_updates, state, params, batch=batch)
+        info = eu.surgery_info(state)
+        return optax.apply_updates(params, updates), state, eu.Losses(info.forget_loss, info.retain_loss)
+
+    return Method(tx.init, step)
+
+
+def exact_surgery(losses_fn: LossesFn) -> Method:
+    """Two gradients and their projection."""
+    tx = optax.chain(eu.explicit_surgery(), optimizer())
+    grads_fn = eu.forget_and_retain_grads(losses_fn)
+
+    def step(params, state, batch):
+        losses, forget_grads, retain_grads = grads_fn(params, batch)
+        updates, state = tx.update(forget_grads, state, params, retain_grads=retain_grads)
+        return optax.apply_updates(params, updates), state, losses
+
+    return Method(tx.init, step)
+
+
+METHODS: dict[str, Callable[[LossesFn], Method]] = {
+    PLAIN: fine_tuning,
+    LAGGED: lambda losses_fn: eupmu(losses_fn, "lagged"),
+    LOOKAHEAD: lambda losses_fn: eupmu(losses_fn, "lookahead"),
+    EXACT: exact_surgery,
+}
