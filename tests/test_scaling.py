@@ -21,7 +21,7 @@ from experiments.scaling.model import (
     initial_parameters,
     next_token_loss,
 )
-from experiments.scaling.steps import EXACT, LAGGED, METHODS, PLAIN, Batch, make_losses
+from experiments.scaling.steps import EXACT, LAGGED, LOOKAHEAD, METHODS, PLAIN, Batch, make_losses
 
 TINY = Size(layers=2, width=16, heads=4, kv_heads=2, hidden=24, vocabulary=32)
 CELL = Cell("tiny", "v5e:2x4", fsdp=4, tensor=2, sequences=1, time=8)
@@ -206,7 +206,7 @@ def test_collectives_of_a_compiled_loop():
     assert found.sent["all-reduce"] == 6 * (8 // 4 * 16 * 4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [LOOKAHEAD, EXACT])
 def test_steps_on_eight_devices(method):
     """Sharded and donated, a step moves the parameters, keeps its dtypes and turns nothing into NaN."""
     quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
