@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.scaling import hlo
 from experiments.scaling.flops import flops_of
 from experiments.scaling.model import FSDP, TENSOR, Size, parameter_shapes, parameter_specs
-from experiments.scaling.steps import METHODS, Batch, make_losses
+from experiments.scaling.steps import METHODS, Batch
 
 
 class Chip(NamedTuple):
@@ -86,9 +86,9 @@ def shardings_like(params: Any, specs: Any, tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(find, tree)
 
 
-def lowered(size: Size, cell: Cell, mesh: Mesh, method: str, **settings: Any) -> tuple[Any, Any]:
+def lowered(size: Size, cell: Cell, mesh: Mesh, method: str) -> tuple[Any, Any]:
     """(the step's Lowered, its Jaxpr), parameters and state donated."""
-    chosen = METHODS[method](make_losses(size, **settings))
+    chosen = METHODS[method](size)
     params, specs = parameter_shapes(size), parameter_specs(size)
     state = jax.eval_shape(chosen.init, params)
     tokens: Any = jax.ShapeDtypeStruct((cell.fsdp * cell.sequences, cell.time + 1), jnp.int32)
@@ -121,6 +121,7 @@ def measure(
         "temporaries": memory.temp_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
         "aliased": memory.alias_size_in_bytes,
+        "peak": memory.peak_memory_in_bytes,
         "flops": flops_of(jaxpr) / cell.chips,
         "bytes": traffic.hbm,
         "sent": dict(traffic.sent),

@@ -127,25 +127,43 @@ def rotated(x: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 
-def attention(size: Size, weight: Callable[[str], jax.Array], x: jax.Array) -> jax.Array:
-    """Causal grouped-query attention of x [batch, time, width], heads split over "tensor"."""
+def attention(
+    size: Size, weight: Callable[[str], jax.Array], x: jax.Array, chunks: int, unroll: bool
+) -> jax.Array:
+    """Causal grouped-query attention of x [batch, time, width], heads split over "tensor".
+
+    The scores exist for one of `chunks` parts of the queries at once, and are recomputed for the gradient.
+    """
 
     def heads(name, count):
         y = constrain(x @ weight(name), FSDP, None, TENSOR)
         return constrain(y.reshape(*y.shape[:2], count, size.head_width), FSDP, None, TENSOR, None)
 
     query, key = rotated(heads("query", size.heads)), rotated(heads("key", size.kv_heads))
+    value = heads("value", size.kv_heads)
     query = query.reshape(*x.shape[:2], size.kv_heads, -1, size.head_width)
     query = constrain(query, FSDP, None, TENSOR, None, None)
-    scores = wide(jnp.einsum("btkgw,bskw->bkgts", query, key)) / size.head_width**0.5
-    visible = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-    shares = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)).astype(x.dtype)
-    mixed = jnp.einsum("bkgts,bskw->btkgw", shares, heads("value", size.kv_heads))
-    mixed = constrain(mixed.reshape(*x.shape[:2], -1), FSDP, None, TENSOR)
-    return mixed @ weight("out")
+
+    @jax.checkpoint
+    def mixed(_, part):
+        query, times = part
+        scores = wide(jnp.einsum("btkgw,bskw->bkgts", query, key)) / size.head_width**0.5
+        visible = times[:, None] >= jnp.arange(x.shape[1])
+        shares = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)).astype(x.dtype)
+        return None, jnp.einsum("bkgts,bskw->btkgw", shares, value)
+
+    parts = in_parts(query, chunks), jnp.arange(x.shape[1]).reshape(chunks, -1)
+    _, y = jax.lax.scan(mixed, None, parts, unroll=unroll)
+    y = constrain(jnp.moveaxis(y, 0, 1).reshape(*x.shape[:2], -1), FSDP, None, TENSOR)
+    return y @ weight("out")
 
 
-def make_block(size: Size):
+def in_parts(x: jax.Array, parts: int) -> jax.Array:
+    """[batch, time, ...] as [parts, batch, time / parts, ...]."""
+    return jnp.moveaxis(x.reshape(x.shape[0], parts, -1, *x.shape[2:]), 1, 0)
+
+
+def make_block(size: Size, chunks: int, unroll: bool):
     """One layer as (x, its weights) -> (x, None), for a scan; recomputed in the backward pass."""
     specs = weights(size)["blocks"]
 
@@ -155,7 +173,7 @@ def make_block(size: Size):
         # What is kept for the backward pass, one x a layer, is split over both axes.
         x = constrain(x, FSDP, TENSOR, None)
         y = constrain(normed(x, block["attention_norm"]), FSDP, None, None)
-        x = x + constrain(attention(size, weight, y), FSDP, TENSOR, None)
+        x = x + constrain(attention(size, weight, y, chunks, unroll), FSDP, TENSOR, None)
         y = constrain(normed(x, block["feed_forward_norm"]), FSDP, None, None)
         hidden = lambda name: constrain(y @ weight(name), FSDP, None, TENSOR)
         x = x + constrain((jax.nn.silu(hidden("gate")) * hidden("up")) @ weight("down"), FSDP, TENSOR, None)
@@ -164,14 +182,15 @@ def make_block(size: Size):
     return block
 
 
-def next_token_loss(size: Size, params: Any, tokens: jax.Array, chunks: int = 4, unroll: bool = False):
-    """Mean cross-entropy in nats of tokens[:, 1:] given what stands before; tokens [batch, time + 1].
+def next_token_losses(size: Size, params: Any, tokens: jax.Array, chunks: int = 4, unroll: bool = False):
+    """Cross-entropy in nats of tokens[:, 1:] given what stands before: of tokens [batch, time + 1], the mean
+    of each sequence [batch].
 
-    The logits exist for one of `chunks` parts of the time at once, split over the vocabulary.
+    Scores and logits exist for one of `chunks` parts of the time at once, split over heads and vocabulary.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     x = constrain(params["embed"][inputs], FSDP, TENSOR, None)
-    x, _ = jax.lax.scan(make_block(size), x, params["blocks"], unroll=unroll)
+    x, _ = jax.lax.scan(make_block(size, chunks, unroll), x, params["blocks"], unroll=unroll)
     x = constrain(normed(x, params["norm"]), FSDP, None, None)
     head = gathered(params["head"], FSDP, TENSOR)
 
@@ -180,8 +199,8 @@ def next_token_loss(size: Size, params: Any, tokens: jax.Array, chunks: int = 4,
         x, targets = part
         logits = constrain(wide(x @ head), FSDP, None, TENSOR)
         picked = jnp.sum(jnp.where(targets[..., None] == jnp.arange(size.vocabulary), logits, 0), -1)
-        return total + jnp.sum(jax.nn.logsumexp(logits, -1) - picked), None
+        return total + jnp.sum(jax.nn.logsumexp(logits, -1) - picked, -1), None
 
-    split = lambda y: jnp.moveaxis(y.reshape(y.shape[0], chunks, -1, *y.shape[2:]), 1, 0)
-    total, _ = jax.lax.scan(summed, jnp.zeros([], wide(x).dtype), (split(x), split(targets)), unroll=unroll)
-    return total / targets.size
+    none = jnp.zeros(len(tokens), wide(x).dtype)
+    total, _ = jax.lax.scan(summed, none, (in_parts(x, chunks), in_parts(targets, chunks)), unroll=unroll)
+    return total / targets.shape[1]

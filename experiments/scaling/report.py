@@ -35,7 +35,10 @@ def rows_frame(records: RecordsByKey, cells: list[Cell]) -> Frame:
             if "error" in record:
                 lines.append(line | {"error": record["error"]})
                 continue
-            line |= {name: record[name] for name in ("arguments", "temporaries", "outputs", "aliased", "hbm")}
+            line |= {
+                name: record[name]
+                for name in ("arguments", "temporaries", "outputs", "aliased", "hbm", "peak")
+            }
             line |= {name: record[name] for name in ("flops", "bytes", "compile_seconds")}
             line |= {f"{kind} bytes": record["sent"].get(kind, 0.0) for kind in KINDS}
             line |= {f"{kind} calls": record["calls"].get(kind, 0) for kind in KINDS}
