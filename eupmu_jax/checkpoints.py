@@ -10,8 +10,13 @@ import jax
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves by their path, whatever containers they are in."""
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    """The leaves by their path, "layer.kernel", whatever containers they are in."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".") or "params"
+    named = {name(path): leaf for path, leaf in leaves}
+    if len(named) < len(leaves):
+        raise ValueError("two arrays have the same path: put no '.' into names")
+    return named
 
 
 class Folder:

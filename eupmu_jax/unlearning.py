@@ -189,7 +189,7 @@ def unlearn(
             metrics = {"step": done} | summary(seen, evaluations[-1]["step"] if evaluations else 0, done)
             params = joined(run.params, frozen)
             if evaluate is not None:
-                metrics |= {name: float(value) for name, value in evaluate(params).items()}
+                metrics |= evaluated(evaluate, params, seen)
             if done and score is not None and (value := np.float32(score(metrics))) > run.best["score"]:
                 best = {"score": jnp.float32(value), "step": jnp.int32(done), "params": owned(run.params)}
                 run = run._replace(best=on_mesh(best))
@@ -358,6 +358,16 @@ def empty_records(state: Any, steps: int) -> dict[str, np.ndarray]:
     return {name: np.zeros((steps, *value.shape), value.dtype) for name, value in info.items()}
 
 
+def evaluated(evaluate: Callable[[Any], dict[str, float]], params: Any, seen: Any) -> dict[str, float]:
+    """What evaluate returns, as floats; ValueError for names that metrics have already."""
+    found = {name: float(value) for name, value in evaluate(params).items()}
+    if taken := found.keys() & {"step", "stopped", *seen}:
+        raise ValueError(
+            f"evaluate returns {', '.join(sorted(taken))}, which the run itself reports: rename it"
+        )
+    return found
+
+
 def record(infos: dict[str, jax.Array], seen: dict[str, np.ndarray], start: int) -> None:
     for name, values in jax.device_get(infos).items():
         seen[name][start : start + len(values)] = values
@@ -447,6 +457,41 @@ def progress_bar(steps: int):
             bar.update(task, completed=done, losses=losses)
 
         yield show
+
+
+def tensorboard(folder: str | os.PathLike):
+    """A callback that writes the metrics of every evaluation for TensorBoard.
+
+    Args:
+      folder: where the event files go: ``tensorboard --logdir FOLDER``.
+
+    Returns:
+      (params, metrics) -> None, for the ``callbacks`` of `unlearn`.
+
+    Raises:
+      ImportError: tensorboardX is missing.
+
+    Example:
+      >>> import eupmu_jax as eu, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     eu.tensorboard(folder)(None, {"step": 10, "retain_loss": 0.5})
+
+    Source: ours.
+    """
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(os.fspath(folder))
+
+    def write(params: Any, metrics: dict[str, Any]) -> None:
+        del params
+        for name, value in metrics.items():
+            for k, number in enumerate(np.ravel(value)):
+                writer.add_scalar(
+                    name if np.ndim(value) == 0 else f"{name}/{k}", float(number), metrics["step"]
+                )
+        writer.flush()
+
+    return write
 
 
 def reached(name: str, *, at_most: float = np.inf, at_least: float = -np.inf):

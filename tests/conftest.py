@@ -21,3 +21,9 @@ def strict():
     """No implicit promotion of dtypes or ranks; optax's own Adam does not pass this."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+def pytest_collection_modifyitems(items):
+    """What takes minutes first, so that no core is idle at the end."""
+    slow = ("test_killed_at_any_moment", "test_two_processes", "test_processes")
+    items.sort(key=lambda item: not item.name.startswith(slow))

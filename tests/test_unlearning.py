@@ -1,5 +1,6 @@
 """The whole run: the steps it takes, what it keeps, and that nothing is lost when it breaks."""
 
+import gc
 import json
 import os
 import pathlib
@@ -298,7 +299,7 @@ def test_the_exported_parameters(tmp_path):
 
     got, _ = run(folder=tmp_path)
     saved = load_file(tmp_path / "params.safetensors")
-    np.testing.assert_array_equal(saved["['w']"], got["w"])
+    np.testing.assert_array_equal(saved["w"], got["w"])
 
 
 def test_restored_on_another_mesh(tmp_path):
@@ -357,6 +358,9 @@ def test_lost_metrics_are_noticed(tmp_path):
         run(folder=tmp_path)
 
 
+# Orbax's writing threads die of what they also hand to the caller, with coroutines left behind.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk(tmp_path):
     """A file system of 256 KiB, which the checkpoints of larger parameters fill."""
     small = tmp_path / "small"
@@ -368,6 +372,7 @@ def test_a_full_disk(tmp_path):
         params = PARAMS | {"large": jnp.asarray(RNG.normal(size=2**16), jnp.float32)}
         with pytest.raises(OSError, match=r"could not be written .*(.|\n)*last whole checkpoint"):
             run(params, folder=small / "run")
+        gc.collect()
     finally:
         subprocess.run(["umount", "-l", small], check=True)
 
