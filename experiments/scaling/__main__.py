@@ -24,7 +24,7 @@ CELLS = [
     Cell("0.1B", "v5e:2x2", fsdp=4, tensor=1, sequences=8),
     Cell("1B", "v5e:4x4", fsdp=8, tensor=2, sequences=8),
     Cell("7B", "v5p:2x4x4", fsdp=8, tensor=4, sequences=16),
-    Cell("7B", "v5e:8x8", fsdp=16, tensor=4, sequences=8),
+    Cell("7B", "v5e:4x4", fsdp=4, tensor=4, sequences=1),
     Cell("7B", "v5e:16x16", fsdp=64, tensor=4, sequences=8),
     Cell("70B", "v5e:16x16", fsdp=32, tensor=8, sequences=4),
     Cell("70B", "v5p:4x8x8", fsdp=32, tensor=8, sequences=8),

@@ -19,7 +19,7 @@ COLOURS = dict(zip(METHODS, ("black", "tab:blue", "tab:orange", "tab:red"), stri
 
 
 def label(cell: Cell) -> str:
-    return f"{cell.model}, {cell.topology}, {cell.fsdp} x {cell.tensor}"
+    return f"{cell.model}, {cell.topology}, {cell.fsdp} x {cell.tensor}, 2 x {cell.sequences}"
 
 
 def rows_frame(records: RecordsByKey, cells: list[Cell]) -> Frame:
@@ -170,12 +170,15 @@ def write_report(
     ).T
     missing = [label(cell) for cell in cells if not any((*cell, method) in records for method in METHODS)]
     how = (
-        "Compiled by libtpu for chips that were not there; nothing was run. HBM per chip = arguments + "
-        "temporaries + outputs - aliased (parameters and state are donated). FLOPs are those of the matrix "
-        "products, recomputation included. HBM traffic (approximate: operands and results of every fusion "
-        "that lie in HBM) and collectives are read from the compiled program, loops counted in full. Sent: "
-        "bytes that leave a chip in a ring. The time is an estimate: the longest of FLOPs, HBM traffic and "
-        "sent bytes, each at the published peak of the chip, as if they overlapped perfectly."
+        "Compiled by libtpu for chips that were not there; nothing was run. A cell is a model, a topology, "
+        "FSDP x tensor parallel, and the sequences to forget and to retain of each FSDP shard. HBM per chip "
+        "is arguments + temporaries + outputs - aliased (parameters and state are donated). FLOPs are those of "
+        "the matrix products, recomputation included. HBM traffic (approximate: operands and results of each "
+        "fusion that lie in HBM) and collectives are read from the compiled program, loops counted in full. "
+        "Sent: bytes that leave a chip in a ring. The time is an estimate: the longest of FLOPs, HBM traffic "
+        "and sent bytes, each at the published peak of the chip, as if they overlapped perfectly. All have "
+        "the same AdamW after clipping by the global norm. Fine-tuning and EUPMU take both losses from one "
+        "pass over forget and retain sequences, also in the look-ahead; exact surgery takes a pass for each."
     )
     sections = [
         Section(
