@@ -297,8 +297,8 @@ def skip(state: SurgeryState) -> SurgeryState:
     return state._replace(skipped_steps=optax.safe_increment(state.skipped_steps))
 
 
-def select(condition: jax.Array, yes: SurgeryState, no: SurgeryState) -> SurgeryState:
-    """`yes` where the condition (bool []) holds, else `no`: scalars only, so no buffer is copied."""
+def select(condition: jax.Array, yes: Any, no: Any) -> Any:
+    """`yes` where the condition (bool []) holds, else `no`."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 

@@ -172,7 +172,7 @@ def write_report(
     how = (
         "Compiled by libtpu for chips that were not there; nothing was run. A cell is a model, a topology, "
         "FSDP x tensor parallel, and the sequences to forget and to retain of each FSDP shard. HBM per chip "
-        "is arguments + temporaries + outputs - aliased (parameters and state are donated). FLOPs are those of "
+        "is arguments + temporaries + outputs - aliased (params and state are donated). FLOPs are those of "
         "the matrix products, recomputation included. HBM traffic (approximate: operands and results of each "
         "fusion that lie in HBM) and collectives are read from the compiled program, loops counted in full. "
         "Sent: bytes that leave a chip in a ring. The time is an estimate: the longest of FLOPs, HBM traffic "
