@@ -25,7 +25,10 @@ def accumulated(losses_fn: LossesFn) -> LossesFn:
 
     Returns:
       A function (params, batch) -> `Losses` of `Mean`. Every leaf of batch has the shape [N, ...]; on a
-      mesh shard the second axis and leave the first whole.
+      mesh shard the second axis and leave the first whole. For `unlearn`, whose batches are flat,
+      reshape inside: ``lambda params, batch: accumulated(losses_fn)(params, {k: batch[k].reshape(N, -1,
+      *batch[k].shape[1:]) for k in ("forget", "retain")})``, and give it a retain_baseline or a retain set of
+      whole batches.
 
     Raises:
       TypeError: losses_fn is no function, or returns something else than Losses.
@@ -50,7 +53,7 @@ def accumulated(losses_fn: LossesFn) -> LossesFn:
         check_micro_batches(batch)
         narrow = jax.tree.map(lambda leaf: leaf.dtype, params)
         # The scan sums the gradient in the dtype of what it differentiates.
-        wide = jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf)), params)
+        wide = jax.tree.map(widened, params)
 
         def evaluate(wide, micro_batch):
             params = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), wide, narrow)
@@ -63,6 +66,11 @@ def accumulated(losses_fn: LossesFn) -> LossesFn:
         return Losses(*(Mean(*part) for part in zip(totals, counts, strict=True)))
 
     return accumulated_fn
+
+
+def widened(leaf):
+    """A floating leaf in float32 or wider; any other as it is."""
+    return leaf.astype(accumulation_dtype(leaf)) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
 def check_micro_batches(batch) -> None:

@@ -1,7 +1,8 @@
 """Pairs of forget and retain batches: any step's can be made again from the seed."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,14 @@ def shuffled_rows(seed: int, length: int, batch_size: int, step: int) -> np.ndar
     """Rows of one batch from endless passes, each in an order of its own; int [batch_size]."""
     first = step * batch_size
     passes = range(first // length, (first + batch_size - 1) // length + 1)
-    order = np.concatenate([np.random.default_rng([seed, FORGET, i]).permutation(length) for i in passes])
+    order = np.concatenate([order_of_pass(seed, length, i) for i in passes])
     return order[first % length :][:batch_size]
+
+
+@lru_cache(maxsize=2)
+def order_of_pass(seed: int, length: int, index: int) -> np.ndarray:
+    """A permutation, kept while its pass lasts."""
+    return np.random.default_rng([seed, FORGET, index]).permutation(length)
 
 
 def drawn_rows(seed: int, length: int, batch_size: int, step: int) -> np.ndarray:
@@ -79,10 +86,16 @@ def described(tree: Any) -> dict[str, str]:
     return {jax.tree_util.keystr(path): f"{np.shape(leaf)} {jnp.result_type(leaf)}" for path, leaf in leaves}
 
 
-def paired(
-    forget: Callable[[int], Any], retain: Callable[[int], Any]
-) -> Callable[[int, int], dict[str, Any]]:
-    """(start, stop) -> the batches of steps start to stop - 1 along a leading axis, all like the first."""
+class Stack(NamedTuple):
+    """Batches of consecutive steps along a leading axis, how many, and why they end early, if they do."""
+
+    rows: dict[str, Any] | None
+    amount: int
+    trouble: Exception | None
+
+
+def paired(forget: Callable[[int], Any], retain: Callable[[int], Any]) -> Callable[[int, int], Stack]:
+    """(start, stop) -> the batches of steps start to stop - 1, all like the first."""
 
     def pair(step: int) -> dict[str, Any]:
         batches = {}
@@ -100,15 +113,24 @@ def paired(
             raise ValueError(f"the first {name} batch has no arrays in it: {batch!r}")
     shapes = described(first)
 
-    def stacked(start: int, stop: int) -> dict[str, Any]:
-        each = [pair(step) for step in range(start, stop)]
-        for step, batch in zip(range(start, stop), each, strict=True):
-            check_numeric(batch, f"the batch of step {step}")
-            if (got := described(batch)) != shapes:
-                raise ValueError(
-                    f"the batch of step {step} is {got}, that of step 0 {shapes}: give all batches one shape "
-                    "(pad, and mask with Mean) and dtype"
-                )
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+    def checked(step: int) -> dict[str, Any]:
+        batch = pair(step)
+        check_numeric(batch, f"the batch of step {step}")
+        if (got := described(batch)) != shapes:
+            raise ValueError(
+                f"the batch of step {step} is {got}, that of step 0 {shapes}: give all batches one shape "
+                "(pad, and mask with Mean) and dtype"
+            )
+        return batch
+
+    def stacked(start: int, stop: int) -> Stack:
+        each, trouble = [], None
+        try:
+            for step in range(start, stop):
+                each.append(checked(step))
+        except (RuntimeError, TypeError, ValueError) as error:
+            trouble = error
+        rows = jax.tree.map(lambda *leaves: np.stack(leaves), *each) if each else None
+        return Stack(rows, len(each), trouble)
 
     return stacked

@@ -1,5 +1,6 @@
 """A run's folder: what the run is, its metrics line by line, and checkpoints through Orbax."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -25,8 +26,9 @@ class Folder:
     def __init__(self, path: str | os.PathLike, run: dict[str, Any]):
         """Opens the folder of a run, or makes it; ValueError if another run's is there."""
         import orbax.checkpoint as ocp
+        import safetensors.flax
 
-        self.ocp = ocp
+        self.ocp, self.save_file = ocp, safetensors.flax.save_file
         self.path = pathlib.Path(path).absolute()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -34,7 +36,7 @@ class Folder:
             raise OSError(f"folder {self.path} cannot be made: {error}") from error
         description, run = self.path / "run.json", json.loads(json.dumps(run))
         if not description.exists():
-            if any(self.path.iterdir()):
+            if any(there.name != "run.json.partial" for there in self.path.iterdir()):
                 raise ValueError(f"folder {self.path} is not empty and not that of a run: give a new one")
             write_whole(description, json.dumps(run, indent=2) + "\n")
         elif (saved := read_description(description)) != run:
@@ -44,6 +46,12 @@ class Folder:
                 f"folder {self.path} holds a run with other settings ({changes}): give the same to go on "
                 "with it, or a new folder"
             )
+        self.lock = description.open()
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.lock.close()
+            raise ValueError(f"folder {self.path} is in use by another run: give a new one") from error
         options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(self.path / "checkpoints", options=options)
         self.metrics = self.path / "metrics.jsonl"
@@ -91,6 +99,11 @@ class Folder:
             file.flush()
             os.fsync(file.fileno())
 
+    def save_if_new(self, step: int, tree: Any) -> None:
+        """Saves unless there is a checkpoint of that step, or none to be made."""
+        if step and step != self.manager.latest_step():
+            self.save(step, tree)
+
     def save(self, step: int, tree: Any) -> None:
         """Starts to save; the last good checkpoint stays until this one is whole."""
         try:
@@ -106,14 +119,13 @@ class Folder:
             raise OSError(self.failed(self.manager.latest_step(), error)) from error
         finally:
             self.manager.close()
+            self.lock.close()
 
     def export(self, params: Any) -> None:
         """The parameters as params.safetensors, by path: for other programs, and nothing in it can run."""
-        from safetensors.flax import save_file
-
         partial = self.path / "params.safetensors.partial"
         try:
-            save_file(by_path(params), partial)
+            self.save_file(by_path(params), partial)
             partial.replace(self.path / "params.safetensors")
         except Exception as error:
             raise OSError(f"{partial} could not be written: {error}. Make room and start again.") from error

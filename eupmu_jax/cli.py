@@ -15,15 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
+
+try:
+    import tyro
+except ImportError:
+    raise SystemExit('error: the extra "cli" is missing: pip install "eupmu_jax[cli]"') from None
 
 from eupmu_jax import objectives, report
 from eupmu_jax.batches import check_set
+from eupmu_jax.callbacks import reached
 from eupmu_jax.checkpoints import write_whole
 from eupmu_jax.evaluation import membership_attack
 from eupmu_jax.exported import FUNCTION, load_model, logits_in_batches
 from eupmu_jax.losses import Losses
-from eupmu_jax.unlearning import reached, unlearn
+from eupmu_jax.unlearning import unlearn
 
 # Evaluations on the way look at so many rows of each set, the one at the end at all.
 ROWS_ON_THE_WAY = 2048
@@ -50,11 +55,13 @@ class Unlearn:
     function. The sets are .npz files of arrays with a leading axis of examples: x, the inputs; y, the
     classes [n] or next tokens [n, T]; and, if not all entries of y count, a boolean mask of its shape.
 
-    A run that was interrupted goes on when the same command is given again. Its folder then holds the
-    config, metrics.jsonl, checkpoints, curves.png, report.html, evaluation.json and the unlearned
-    model, itself such a folder. Settings may also stand in a JSON file, which later arguments override:
+    A run that was interrupted goes on when the same command is given again. Its folder then holds
+    config.json, metrics.jsonl, checkpoints, curves.png, report.html, evaluation.json and the unlearned
+    model, itself such a folder. Settings may also come first as a JSON file, which arguments override:
 
         eupmu unlearn settings.json --folder runs/second
+
+    That of a run, config.json in its folder, goes on with it.
     """
 
     model: pathlib.Path
@@ -91,7 +98,10 @@ class Unlearn:
     """How many steps."""
 
     batch_size: int = 64
-    """Rows of the forget and of the retain batch; the larger, the better a small budget is kept."""
+    """Rows of the forget batch, at most the whole set."""
+
+    retain_batch_size: int | None = None
+    """Rows of the retain batch; the larger, the better a small budget is kept. None: the same."""
 
     every: int | None = None
     """Steps between evaluations and checkpoints. None: a tenth of the steps."""
@@ -214,8 +224,10 @@ def forget_values(config: Unlearn, logits: jax.Array, rows: Any, key: jax.Array)
 def scores(logits: np.ndarray, rows: Any) -> dict[str, float]:
     """Mean cross-entropy in nats and accuracy from 0 to 1 of what counts."""
     mean = masked_mean(objectives.cross_entropy(logits, rows["y"], rows.get("mask")), rows)
-    right = (logits.argmax(-1) == rows["y"])[rows.get("mask", np.ones(rows["y"].shape, bool))]
-    return {"cross_entropy": float(mean.total / mean.count), "accuracy": float(right.mean())}
+    # No class is the greatest of NaN.
+    right = np.where(np.isnan(logits).any(-1), np.nan, logits.argmax(-1) == rows["y"])
+    counts = rows.get("mask", np.ones(rows["y"].shape, bool))
+    return {"cross_entropy": float(mean.total / mean.count), "accuracy": float(right[counts].mean())}
 
 
 def evaluated(apply: Any, params: Any, sets: Any, attack: bool = False) -> dict[str, dict[str, float]]:
@@ -247,12 +259,14 @@ def run_unlearn(config: Unlearn) -> None:
     apply, params = load_model(config.model)
     paths = {"forget": config.forget, "retain": config.retain, "test": config.test}
     sets = {name: load_set(path, name, apply, params) for name, path in paths.items() if path}
-    for name in ("forget", "retain"):
-        check_set(sets[name], name, config.batch_size)
+    retain_size = config.retain_batch_size
+    sizes = config.batch_size, config.batch_size if retain_size is None else retain_size
     if config.beta is not None and (config.objective not in BETA or not config.beta > 0):
         raise ValueError(f"--beta must be > 0 and goes with {' or '.join(BETA)}, got {config.beta}")
     if not 0 < config.learning_rate < np.inf:
         raise ValueError(f"--learning-rate must be > 0, got {config.learning_rate}")
+    if config.stop_at is not None and not 0 <= config.stop_at < 1:
+        raise ValueError(f"--stop-at must be an accuracy from 0 to 1, got {config.stop_at}")
     compiled = jax.jit(apply)
     forget = dict(sets["forget"])
     if config.objective == "npo":
@@ -279,7 +293,7 @@ def run_unlearn(config: Unlearn) -> None:
         sets["retain"],
         OPTIMIZERS[config.optimizer](config.learning_rate),
         steps=config.steps,
-        batch_size=config.batch_size,
+        batch_size=sizes,
         seed=config.seed,
         evaluate=evaluate,
         every=config.every,
@@ -292,16 +306,21 @@ def run_unlearn(config: Unlearn) -> None:
     print(f"{len(history.steps['multiplier'])} steps" + (f"; {history.stopped}" if history.stopped else ""))
     if bool(np.any(history.steps["infeasible"][-1])):
         print("The budget looks infeasible: fine-tuning on the retain set alone would not hold it either.")
-    models = {"before": params, "after": unlearned}
-    add_to_evaluation(config.folder, {name: evaluated(compiled, p, sets) for name, p in models.items()})
-    print(f"Look at {report.write(config.folder)}")
+    found = {"before": evaluated(compiled, params, sets), "after": evaluated(compiled, unlearned, sets)}
+    add_to_evaluation(config.folder, found)
+    page = report.write(config.folder)
+    if any(np.isnan(row["cross_entropy"]) for row in found["after"].values()):
+        raise RuntimeError(
+            f"the model of this run is broken, its logits are not finite: give a lower --learning-rate and a "
+            f"new --folder; {page} shows where it happened"
+        )
+    print(f"Look at {page}")
 
 
 def check_config(config: Unlearn) -> dict[str, Any]:
     """The settings for config.json; ValueError if the folder's run had others."""
-    settings = {
-        name: str(value) if isinstance(value, pathlib.Path) else value for name, value in vars(config).items()
-    }
+    as_plain = lambda value: str(value.resolve()) if isinstance(value, pathlib.Path) else value
+    settings = {name: as_plain(value) for name, value in vars(config).items() if name != "folder"}
     path = config.folder / "config.json"
     if path.exists() and (saved := read_settings(path)) != settings:
         names = [name for name, value in settings.items() if saved.get(name) != value]
@@ -359,7 +378,10 @@ def with_settings(arguments: list[str]) -> list[str]:
     """`unlearn settings.json --more ...` with the file's settings as arguments, which tyro checks."""
     if arguments[:1] != ["unlearn"] or len(arguments) < 2 or arguments[1].startswith("-"):
         return arguments
-    given = read_settings(pathlib.Path(arguments[1]))
+    path = pathlib.Path(arguments[1])
+    given = read_settings(path)
+    if (path.parent / "run.json").exists():
+        given["folder"] = str(path.parent)
     from_file = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     return ["unlearn", *from_file, *arguments[2:]]
 
@@ -384,6 +406,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        print("Interrupted: the same command goes on from here.", file=sys.stderr)
         sys.exit(130)
 
 

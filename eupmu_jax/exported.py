@@ -14,6 +14,7 @@ from eupmu_jax.checkpoints import by_path
 
 FUNCTION, PARAMS = "apply.stablehlo", "params.safetensors"
 PLATFORMS = ("cpu", "cuda", "tpu")
+KINDS = (jnp.floating, jnp.integer)
 # What jax.export itself puts into plain models. Others may call into the process, even with pointers.
 HARMLESS_CALLS = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "shape_assertion"}
 
@@ -29,7 +30,9 @@ def export_model(
       folder: made if it does not exist; gets apply.stablehlo and params.safetensors.
       apply: pure function (params, inputs) -> logits [B, C], or [B, T, V]. For NNX:
         ``lambda p, x: nnx.merge(graph, p, rest)(x)``.
-      params: pytree of arrays. They are named by their path: "params.Dense_0.kernel".
+      params: pytree of arrays, named by their path: "params.Dense_0.kernel". All that is floating will be
+        trained; close over the rest, such as batch statistics:
+        ``lambda p, x: model.apply({"params": p, "batch_stats": statistics}, x)``.
       inputs: an array [B, ...]; its first axis may have any length later, the others are fixed.
 
     Returns:
@@ -111,21 +114,30 @@ def load_model(folder: str | os.PathLike) -> tuple[Callable[[Any, Any], jax.Arra
             raise ValueError(f"{folder} holds no {name}: write one with eupmu_jax.export_model")
     try:
         exported = jax.export.deserialize(bytearray((folder / FUNCTION).read_bytes()))
-        program = exported.mlir_module()
+        programs = [exported.mlir_module(), exported.vjp().mlir_module()]
     except Exception as error:
         raise ValueError(f"{folder / FUNCTION} is not a function that jax.export wrote: {error}") from error
-    called = re.findall(r'custom_call @"?([^"(\s]+)', program)
-    if (strange := set(called) - HARMLESS_CALLS) or program.count("custom_call") != len(called):
-        raise ValueError(
-            f"{folder / FUNCTION} calls {', '.join(sorted(strange)) or 'out'}, which could run any code"
-        )
+    for program in programs:
+        called = re.findall(r'custom_call @"?([^"(\s]+)', program)
+        if (strange := set(called) - HARMLESS_CALLS) or program.count("custom_call") != len(called):
+            raise ValueError(
+                f"{folder / FUNCTION} calls {', '.join(sorted(strange)) or 'out'}, which could run any code"
+            )
     try:
         params = load_file(folder / PARAMS)
     except Exception as error:
         raise ValueError(f"{folder / PARAMS} cannot be read: {error}") from error
-    (wanted, _), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    (wanted, shape), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
     check_names(folder / PARAMS, params, wanted)
-    return lambda params, inputs: exported.call(params, inputs), params
+
+    def apply(params, inputs):
+        inputs = jnp.asarray(inputs)
+        # A width is a matter of storage. Integers for floats are not: they may be pixels to be scaled.
+        if any(jnp.issubdtype(shape.dtype, kind) and jnp.issubdtype(inputs.dtype, kind) for kind in KINDS):
+            inputs = inputs.astype(shape.dtype)
+        return exported.call(params, inputs)
+
+    return apply, params
 
 
 def check_names(path: pathlib.Path, params: Any, wanted: Any) -> None:

@@ -91,7 +91,7 @@ def draw(path: pathlib.Path, settings: Any, steps: dict[str, np.ndarray], evalua
         multiplier.set_yscale("log")
     names = [name for name in (evaluations[0] if evaluations else {}) if name.endswith("accuracy")]
     for name in names:
-        points = [(line["step"], line[name]) for line in evaluations]
+        points = [(line["step"], line[name]) for line in evaluations if name in line]
         accuracy.plot(
             *zip(*points, strict=True), ".-", label=name.removesuffix("accuracy").strip("_ ") or name
         )

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import pathlib
 import sys
 import warnings
 import zlib
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from eupmu_jax import batches
 from eupmu_jax.batches import check_numeric, described
-from eupmu_jax.checkpoints import Folder
+from eupmu_jax.checkpoints import Folder, by_path, read_description
 from eupmu_jax.dual import surgery_info
 from eupmu_jax.layouts import owned, place, split
 from eupmu_jax.losses import LossesFn, Mean, check_losses_fn
@@ -86,7 +87,8 @@ def unlearn(
       losses_fn: pure function (params, batch) -> `Losses`; batch is a dict of "forget" and "retain", rows
         of the two sets, and "key", a PRNG key of the step's own for dropout or noise.
       params: pytree of arrays, of Linen or ``nnx.split(model, nnx.Param, ...)``. Leaves that are not
-        floating are frozen; they reach losses_fn as they are. On a mesh as for `training_step`.
+        floating are frozen; they reach losses_fn as they are. All others are trained: close over what
+        should stay, such as batch statistics. On a mesh as for `training_step`.
       forget, retain: a pytree of arrays with a leading axis of examples (NumPy, memory-mapped, JAX),
         or a function step -> batch that gives the same batch whenever it is asked for that step.
       inner: the optimiser, for instance ``optax.adam(1e-4)``.
@@ -95,16 +97,20 @@ def unlearn(
       seed: of batches and keys.
       evaluate: params -> dict of numbers, run on the host every ``every`` steps, at the start and at the end.
       every: steps between evaluations, callbacks and checkpoints; None: a tenth of the steps.
-      score: metrics -> number; the parameters with the highest are returned, the earliest of equals.
-        None: the last ones. Metrics are what evaluate returned, "step", and the latest forget_loss,
-        retain_loss, violation, multiplier, skipped_steps and infeasible.
+      score: metrics -> number; the parameters with the highest are returned, the earliest of equals. Those
+        before the first step and a NaN are no candidates. None: the last ones. Metrics are what evaluate
+        returned, "step", and the latest forget_loss, retain_loss, violation, multiplier, skipped_steps
+        and infeasible.
       stop: metrics -> why the run should end now, or None: see `reached`, `exhausted`, `over_forgetting`.
-      callbacks: functions (params, metrics), called after each evaluation: plots, other loggers.
+      callbacks: functions (params, metrics), called after each evaluation: plots, other loggers. Copy
+        what you keep of params: the next step takes over their memory.
       folder: where metrics.jsonl, checkpoints and the description of the run go; the same one to
-        resume. None keeps nothing on disk.
+        resume, with the same arguments (compared, but for what functions and inner do). None keeps
+        nothing on disk.
       mesh: as for `training_step`, of one process.
       **settings: of `eupmu`: budget, retain_baseline, tolerance, measure, ... A budget without a
-        baseline gets the loss of the whole retain set before the first step.
+        baseline gets the loss of the whole retain set before the first step, and a multiplier for each
+        of its utilities.
 
     Returns:
       (params, history): params like those given, and a `History`.
@@ -113,8 +119,8 @@ def unlearn(
       TypeError: what `eupmu` raises for its arguments.
       ValueError: an empty set, a batch larger than its set, batches that change shape, neither or both of
         steps and epochs; a folder with another run, a damaged checkpoint. And what `eupmu` raises.
-      RuntimeError: a data function that raises, naming the step; what was done until then is kept in
-        folder.
+      RuntimeError: a data function that raises, naming the step; the steps before it are done, and kept
+        in folder.
       OSError: a checkpoint that cannot be written; the last good one is kept.
 
     Example:
@@ -139,9 +145,11 @@ def unlearn(
         raise ValueError(f"batch_size must be one or two whole numbers, got {batch_size!r}")
     for size in sizes:
         check_whole(size, "batch_size")
+    seed, sizes = int(seed), tuple(map(int, sizes))
     steps = number_of_steps(steps, epochs, forget, sizes[0])
     every = max(1, steps // 10) if every is None else every
     check_whole(every, "every")
+    every = int(every)
     if mesh is not None and not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh or None, got {type(mesh).__name__}")
     if jax.process_count() > 1:
@@ -155,8 +163,17 @@ def unlearn(
     params = jax.tree.map(jnp.asarray, params)
     free, frozen = parted(params)
     has_baseline = settings.get("retain_baseline") is not None or callable(retain)
+    if folder is not None:
+        by_path(params)
     if settings.get("budget") is not None and not has_baseline:
-        settings["retain_baseline"] = whole_retain_loss(losses_fn, params, draw[0](0), retain, sizes[1], seed)
+        # Measured anew, on another machine say, it would differ in the last bit.
+        baseline = saved_settings(folder).get("retain_baseline")
+        if baseline is None:
+            with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+                args = losses_fn, params, draw[0](0), retain, sizes[1], seed
+                baseline = whole_retain_loss(*args)
+        settings["retain_baseline"] = np.asarray(baseline)
+        settings.setdefault("initial_multiplier", jnp.ones(np.shape(baseline)))
     tx = eupmu(lambda free, inputs: losses_fn(joined(free, inputs[1]), inputs[0]), inner, **settings)
 
     with contextlib.ExitStack() as stack:
@@ -176,7 +193,9 @@ def unlearn(
         done, seen, evaluations, book = 0, empty_records(run.state, steps), [], None
         if folder is not None:
             plan = {"steps": steps, "every": every, "batch_size": sizes, "seed": seed}
-            book = Folder(folder, description(run, {"forget": forget, "retain": retain}, settings, plan))
+            book = Folder(
+                folder, description(run, {"forget": forget, "retain": retain}, params, settings, plan)
+            )
             stack.callback(book.close)
             done, run, lines = book.restore(run)
             evaluations = read_lines(lines, seen)
@@ -204,36 +223,44 @@ def unlearn(
                 callback(params, metrics)
             return run
 
-        if not evaluations:
-            run = pause(run)
-        edges = chunk_edges(steps, every, stacked(0, 1))
+        first = stacked(0, 1)
+        if first.trouble is not None:
+            raise first.trouble
+        edges = chunk_edges(steps, every, first.rows)
         following = lambda step: int(edges[np.searchsorted(edges, step, "right")])
-        ahead = None
-        while done < steps and stopped is None:
-            end = following(done)
-            inputs = split_rows(stacked(done, end) if ahead is None else ahead, mesh)
-            carry, infos = run_chunk(run[:2], frozen, jax.random.key(seed), jnp.arange(done, end), inputs)
-            run, trouble = run._replace(params=carry[0], state=carry[1]), None
-            if end < steps:
-                # While the device is busy.
-                try:
-                    ahead = stacked(end, following(end))
-                except (RuntimeError, ValueError) as error:
-                    trouble = error
-            record(infos, seen, done)
-            if book is not None:
-                book.write(step_lines(seen, done, end))
-            done = end
-            show(done, seen)
-            if why := looks_broken(seen["skipped_steps"][:done]):
-                warnings.warn(f"stopped after {done} of {steps} steps: {why}", stacklevel=2)
-            if why or done % every == 0 or done == steps:
-                run = pause(run, why)
+        is_pause = lambda: done % every == 0 or done == steps
+        try:
+            if is_pause() and (not evaluations or evaluations[-1]["step"] < done):
+                run = pause(run)
                 stopped = evaluations[-1].get("stopped")
-            elif trouble is not None and book is not None:
-                book.save(done, run)
-            if trouble is not None:
-                raise trouble
+            ahead = stacked(done, following(done)) if done < steps and stopped is None else None
+            while done < steps and stopped is None and ahead is not None:
+                rows, amount, trouble = ahead
+                if amount:
+                    end, inputs = done + amount, split_rows(rows, mesh)
+                    numbers = jnp.arange(done, end)
+                    carry, infos = run_chunk(run[:2], frozen, jax.random.key(seed), numbers, inputs)
+                    run = run._replace(params=carry[0], state=carry[1])
+                    if end < steps and trouble is None:
+                        # While the device is busy.
+                        ahead = stacked(end, following(end))
+                    record(infos, seen, done)
+                    if book is not None:
+                        book.write(step_lines(seen, done, end))
+                    done = end
+                    show(done, seen)
+                    if why := looks_broken(seen["skipped_steps"][:done]):
+                        warnings.warn(f"stopped after {done} of {steps} steps: {why}", stacklevel=2)
+                    if why or is_pause():
+                        run = pause(run, why)
+                        stopped = evaluations[-1].get("stopped")
+                if trouble is not None and stopped is None:
+                    raise trouble
+        except BaseException:
+            # Data, a score or a user that ends the run: what was done until then is kept.
+            if book is not None and is_intact(run):
+                book.save_if_new(done, run)
+            raise
         taken = run.best["params"] if score is not None and np.isfinite(run.best["score"]) else run.params
         best_step = int(run.best["step"]) if taken is not run.params else done
         params = joined(taken, frozen)
@@ -250,6 +277,19 @@ class Run(NamedTuple):
     params: Any
     state: Any
     best: dict[str, Any]
+
+
+def is_intact(run: Run) -> bool:
+    """Whether no chunk is under way, which has taken over what it started from."""
+    return not any(leaf.is_deleted() for leaf in jax.tree.leaves(run))
+
+
+def saved_settings(folder: str | os.PathLike | None) -> dict[str, Any]:
+    """The settings of the run in a folder, if there is one."""
+    description = None if folder is None else pathlib.Path(folder) / "run.json"
+    if description is None or not description.exists():
+        return {}
+    return read_description(description).get("settings", {})
 
 
 def check_whole(value: Any, name: str, least: int = 1) -> None:
@@ -302,10 +342,10 @@ def whole_retain_loss(losses_fn, params, forget_batch, retain, batch_size: int, 
     def sum_and_count(params, forget_batch, rows, index):
         batch = {"forget": forget_batch, "retain": rows, "key": jax.random.fold_in(key, index)}
         part = losses_fn(params, batch).retain
-        if isinstance(part, Mean):
-            return jnp.asarray(part.total, jnp.float32), jnp.asarray(part.count, jnp.float32)
-        amount = jax.tree.leaves(rows)[0].shape[0]
-        return jnp.asarray(part, jnp.float32) * amount, jnp.float32(amount)
+        if not isinstance(part, Mean):
+            amount = jax.tree.leaves(rows)[0].shape[0]
+            part = Mean(part * amount, amount)
+        return jnp.asarray(part.total, jnp.float32), jnp.asarray(part.count, jnp.float32)
 
     length = batches.check_set(retain, "retain", batch_size)
     total, count = np.float64(0), np.float64(0)
@@ -412,9 +452,9 @@ def looks_broken(skipped: np.ndarray) -> str | None:
 
 
 def description(
-    run: Run, data: dict[str, Any], settings: dict[str, Any], plan: dict[str, Any]
+    run: Run, data: dict[str, Any], params: Any, settings: dict[str, Any], plan: dict[str, Any]
 ) -> dict[str, Any]:
-    """What must be the same for a run to go on: run.json."""
+    """What must be the same for a run to go on, as far as it can be compared: run.json."""
 
     def plain(value):
         if callable(value) or isinstance(value, optax.GradientTransformation):
@@ -424,17 +464,24 @@ def description(
     def sketch(part):
         if callable(part):
             return "function"
-        heads = [np.ascontiguousarray(leaf[:1024]) for leaf in jax.tree.leaves(part)]
-        return described(part) | {
-            "crc32 of the first rows": zlib.crc32(b"".join(head.tobytes() for head in heads))
-        }
+        some = np.linspace(0, len(jax.tree.leaves(part)[0]) - 1, 1024).round().astype(int)
+        return described(part) | {"crc32 of 1024 rows": checksum(jax.tree.map(lambda leaf: leaf[some], part))}
 
     return {
         **plan,
         "settings": {name: plain(value) for name, value in sorted(settings.items())},
         **{name: sketch(part) for name, part in data.items()},
+        "crc32 of params": checksum(params),
         "checkpoint": described(run),
     }
+
+
+def checksum(tree: Any) -> int:
+    """crc32 of all leaves, one after the other."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), total)
+    return total
 
 
 @contextlib.contextmanager
@@ -457,131 +504,3 @@ def progress_bar(steps: int):
             bar.update(task, completed=done, losses=losses)
 
         yield show
-
-
-def tensorboard(folder: str | os.PathLike):
-    """A callback that writes the metrics of every evaluation for TensorBoard.
-
-    Args:
-      folder: where the event files go: ``tensorboard --logdir FOLDER``.
-
-    Returns:
-      (params, metrics) -> None, for the ``callbacks`` of `unlearn`.
-
-    Raises:
-      ImportError: tensorboardX is missing.
-
-    Example:
-      >>> import eupmu_jax as eu, tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     eu.tensorboard(folder)(None, {"step": 10, "retain_loss": 0.5})
-
-    Source: ours.
-    """
-    from tensorboardX import SummaryWriter
-
-    writer = SummaryWriter(os.fspath(folder))
-
-    def write(params: Any, metrics: dict[str, Any]) -> None:
-        del params
-        for name, value in metrics.items():
-            for k, number in enumerate(np.ravel(value)):
-                writer.add_scalar(
-                    name if np.ndim(value) == 0 else f"{name}/{k}", float(number), metrics["step"]
-                )
-        writer.flush()
-
-    return write
-
-
-def reached(name: str, *, at_most: float = np.inf, at_least: float = -np.inf):
-    """A rule for ``stop``: the metric is where it should be.
-
-    Args:
-      name: a key of the metrics, for instance one that evaluate returns.
-      at_most, at_least: its bounds, inclusive.
-
-    Returns:
-      metrics -> str or None.
-
-    Raises:
-      KeyError: from the rule, if there is no such metric.
-
-    Example:
-      >>> import eupmu_jax as eu
-      >>> eu.reached("forget_accuracy", at_most=0.1)({"forget_accuracy": 0.08})
-      'forget_accuracy reached 0.08'
-
-    Source: ours.
-    """
-    return lambda metrics: (
-        f"{name} reached {metrics[name]:.4g}" if at_least <= metrics[name] <= at_most else None
-    )
-
-
-def exhausted(baseline: float, budget: float):
-    """A rule for ``stop``: the mean retain loss since the last evaluation is above its budget.
-
-    .. math:: \\bar R - R_0 > \\delta \\quad\\text{for any utility}
-
-    Args:
-      baseline: R_0, a float or [K], in the loss's units.
-      budget: delta > 0, likewise.
-
-    Returns:
-      metrics -> str or None.
-
-    Raises:
-      Nothing.
-
-    Example:
-      >>> import eupmu_jax as eu
-      >>> eu.exhausted(baseline=0.5, budget=0.1)({"retain_loss": 0.62})
-      'the retain loss rose by 0.12, more than its budget 0.1'
-
-    Source: ours.
-    """
-
-    def rule(metrics):
-        rise = np.asarray(metrics["retain_loss"]) - baseline
-        return (
-            f"the retain loss rose by {np.max(rise):.4g}, more than its budget {budget}"
-            if np.any(rise > budget)
-            else None
-        )
-
-    return rule
-
-
-def over_forgetting(forget: str, unseen: str, slack: float = 0.0):
-    """A rule for ``stop``: the forget set does worse than data that was never trained on.
-
-    .. math:: a_{\\text{forget}} < a_{\\text{unseen}} - \\text{slack}
-
-    which a retrained model would not show and an attacker can see.
-
-    Args:
-      forget, unseen: keys of two metrics of which more is better, such as accuracies of the forget set and of
-        held-out data like it.
-      slack: how much lower is allowed, in the metrics' units.
-
-    Returns:
-      metrics -> str or None.
-
-    Raises:
-      KeyError: from the rule, if there is no such metric.
-
-    Example:
-      >>> import eupmu_jax as eu
-      >>> eu.over_forgetting("forget", "test")({"forget": 0.7, "test": 0.8})
-      'over-forgetting: forget 0.7 is below test 0.8'
-
-    Source: ours.
-    """
-
-    def rule(metrics):
-        if metrics[forget] >= metrics[unseen] - slack:
-            return None
-        return f"over-forgetting: {forget} {metrics[forget]:.4g} is below {unseen} {metrics[unseen]:.4g}"
-
-    return rule

@@ -86,15 +86,21 @@ def test_what_cannot_be_exported(tmp_path):
 
 
 def test_a_model_that_could_run_code_is_refused(tmp_path, files):
-    """A call out of XLA, which jax.export writes when its own check is off."""
+    """A call out of XLA, forward or in the gradient only, written with the check of jax.export off."""
     shape = jax.ShapeDtypeStruct((2, 3), jnp.float32)
-    evil = lambda named, x: x @ named["w"] + jax.ffi.ffi_call("evil", shape)()
+    evil = lambda: jax.ffi.ffi_call("evil", shape)()
+    apply = lambda named, x: x @ named["w"]
+    hidden = jax.custom_vjp(apply)
+    hidden.defvjp(
+        lambda named, x: (apply(named, x), (named, x)), lambda kept, g: jax.vjp(apply, *kept)[1](g + evil())
+    )
     checks = [jax.export.DisabledSafetyCheck.custom_call("evil")]
-    exported = jax.export.export(jax.jit(evil), platforms=["cpu"], disabled_checks=checks)(WEIGHTS, X[:2])
-    eu.export_model(tmp_path, lambda params, x: x @ params["w"], WEIGHTS, X)
-    (tmp_path / "apply.stablehlo").write_bytes(exported.serialize())
-    with pytest.raises(ValueError, match="calls evil, which could run any code"):
-        eu.load_model(tmp_path)
+    eu.export_model(tmp_path, apply, WEIGHTS, X)
+    for function in (lambda named, x: apply(named, x) + evil(), hidden):
+        export = jax.export.export(jax.jit(function), platforms=["cpu"], disabled_checks=checks)
+        (tmp_path / "apply.stablehlo").write_bytes(export(WEIGHTS, X[:2]).serialize(vjp_order=1))
+        with pytest.raises(ValueError, match="calls evil, which could run any code"):
+            eu.load_model(tmp_path)
 
 
 def test_damaged_models(tmp_path, files):
@@ -148,7 +154,11 @@ def test_a_whole_run(files, tmp_path, capsys):
     ):
         cli.main(arguments(files, folder, objective="unlikelihood"))
 
-    # The settings of a run are a file to start others from.
+    # The settings of a run are a file to go on with it, also where it was moved, and to start others from.
+    moved = folder.rename(tmp_path / "moved")
+    cli.main(["unlearn", str(moved / "config.json")])
+    assert (moved / "params.safetensors").read_bytes() == before
+    folder = moved.rename(folder)
     cli.main(["unlearn", str(folder / "config.json"), f"--folder={tmp_path / 'again'}"])
     assert (tmp_path / "again" / "params.safetensors").read_bytes() == before
 
@@ -185,9 +195,27 @@ def test_objectives_forget_classes_and_tokens(files, tmp_path, objective, kind):
 
 
 def test_it_stops_where_told(files, tmp_path, capsys):
-    cli.main(arguments(files, tmp_path / "run", stop_at=1.0, every=5))
+    cli.main(arguments(files, tmp_path / "run", stop_at=0.99, every=5))
     assert "5 steps; forget_accuracy reached" in capsys.readouterr().out
     assert "Ended early" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_broken_model_is_no_success(files, tmp_path):
+    settings = {"learning_rate": 3e38, "optimizer": "sgd", "objective": "gradient-ascent", "steps": 60}
+    with pytest.warns(UserWarning, match="steps were skipped"), pytest.raises(SystemExit, match="is broken"):
+        cli.main(arguments(files, tmp_path / "run", **settings))
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert np.isnan(found["after"]["forget"]["accuracy"])
+
+
+def test_inputs_of_another_width(files, tmp_path):
+    """float64 for float32 and int16 for int32 are the same numbers."""
+    apply, params = eu.load_model(files / "model")
+    np.testing.assert_array_equal(apply(params, X.astype(np.float64)), apply(params, X))
+    apply, params = eu.load_model(files / "tokens")
+    np.testing.assert_array_equal(
+        apply(params, TOKENS.astype(np.int16)), apply(params, TOKENS.astype(np.int32))
+    )
 
 
 def test_the_report_of_a_run_with_several_utilities(tmp_path):
@@ -220,6 +248,8 @@ BAD_SETTINGS = {
     "folder": ["/dev/null", "/proc/nowhere"],
     "steps": [0, -3, 1.5, "many"],
     "batch_size": [0, -1, 31, "big"],
+    "retain_batch_size": [0, 61, "big"],
+    "stop_at": [1, 2, -0.1, "nan"],
     "learning_rate": [0, -1, "nan", "inf", "fast"],
     "budget": [0, -0.1, "nan", "inf", "None", "all"],
     "every": [0, -1, 0.5],

@@ -150,6 +150,13 @@ def test_the_gradient_is_summed_wider_than_bfloat16():
     assert got == jnp.mean(x).astype(jnp.bfloat16)
 
 
+def test_integers_reach_accumulated_losses_as_they_are():
+    large = 2**31 - 5  # which float32 would round
+    fn = lambda p, micro: eu.Losses(p["w"] * (p["n"] == large), p["w"] + micro.sum())
+    losses = eu.accumulated(fn)({"w": jnp.array(3.0), "n": jnp.array(large)}, jnp.zeros((2, 1)))
+    assert losses.forget.total / losses.forget.count == 3
+
+
 @pytest.mark.parametrize("batch", [{}, {"a": jnp.ones(())}, {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 3))}])
 def test_what_cannot_be_accumulated(batch):
     fn = eu.accumulated(lambda params, batch: eu.Losses(params["w"][0], params["w"][1]))

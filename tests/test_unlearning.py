@@ -39,6 +39,11 @@ def losses_fn(params, batch):
     return eu.Losses(cross_entropy(params, wrong), cross_entropy(params, batch["retain"]))
 
 
+def assert_close(one, other):
+    for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
 def run(params=PARAMS, forget=FORGET, retain=RETAIN, inner=INNER, fn=losses_fn, **settings):
     return eu.unlearn(fn, params, forget, retain, inner, **{"steps": 30, "batch_size": 8} | settings)
 
@@ -224,22 +229,6 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path):
     assert_same(got, run(steps=10)[0])
 
 
-def test_data_that_raises_names_the_step_and_keeps_what_was_done(tmp_path):
-    draw = batches.source(FORGET, "forget", 8, 0)
-
-    def failing(step):
-        if step == 17:
-            raise OSError("disk unplugged")
-        return draw(step)
-
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"data of step 17 .* disk unplugged"):
-            run(forget=failing, every=4, folder=tmp_path)
-    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [12, 16]
-    got, _ = run(forget=draw, every=4, folder=tmp_path)
-    assert_same(got, run(every=4)[0])
-
-
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -260,7 +249,7 @@ def test_data_that_raises_names_the_step_and_keeps_what_was_done(tmp_path):
         ({"fn": None}, TypeError, "losses_fn"),
         ({"budget": -1.0}, ValueError, "budget must be > 0"),
         ({"measure": "lookback"}, ValueError, "measure must be one of"),
-        ({"retain": lambda step: {"x": np.zeros((8 + step, 3))}}, ValueError, "batch of step 1 is"),
+        ({"retain": lambda step: {k: v[: 8 + step] for k, v in RETAIN.items()}}, ValueError, "of step 1 is"),
     ],
 )
 def test_bad_input(settings, error, message, tmp_path):
@@ -324,7 +313,8 @@ def test_other_settings_are_refused(tmp_path):
         {"steps": 31},
         {"tolerance": 0.1},
         {"inner": optax.adam(0.1)},
-        {"retain": RETAIN | {"x": RETAIN["x"] + 1}},
+        {"retain": RETAIN | {"x": RETAIN["x"] + np.arange(100)[:, None] // 99}},
+        {"params": PARAMS | {"b": PARAMS["b"] + 1}},
         {"params": PARAMS | {"extra": jnp.ones(1)}},
     ):
         with pytest.raises(ValueError, match="holds a run with other settings"):
@@ -375,6 +365,87 @@ def test_a_full_disk(tmp_path):
         gc.collect()
     finally:
         subprocess.run(["umount", "-l", small], check=True)
+
+
+def test_what_a_failing_run_keeps_is_all_that_was_done(tmp_path):
+    """Data that fails within a chunk, a score that raises: the next start goes on from there."""
+    draw = batches.source(FORGET, "forget", 8, 0)
+
+    def failing(step):
+        if step == 17:
+            raise OSError("disk unplugged")
+        return draw(step)
+
+    with pytest.raises(RuntimeError, match="step 17"):
+        run(forget=failing, every=30, folder=tmp_path / "data")
+    assert [path.name for path in (tmp_path / "data" / "checkpoints").iterdir()] == ["17"]
+    assert_close(run(forget=draw, every=30, folder=tmp_path / "data")[0], run(every=30)[0])
+
+    score = lambda metrics: metrics["accuracy"]
+    with pytest.raises(KeyError):
+        run(score=score, every=10, folder=tmp_path / "score")
+    assert [path.name for path in (tmp_path / "score" / "checkpoints").iterdir()] == ["10"]
+    accuracy = lambda params: {"accuracy": float(params["b"][0])}
+    with pytest.raises(KeyError):
+        run(
+            score=lambda metrics: metrics["precision"], evaluate=accuracy, every=10, folder=tmp_path / "score"
+        )
+    resumed = run(score=score, evaluate=accuracy, every=10, folder=tmp_path / "score")
+    whole = run(score=score, evaluate=accuracy, every=10)
+    assert_same(resumed[0], whole[0])
+    assert resumed[1].evaluations[1:] == whole[1].evaluations[1:]
+
+
+def test_a_rule_to_stop_comes_before_data_that_ends():
+    draw = batches.source(FORGET, "forget", 8, 0)
+
+    def ending(step):
+        if step >= 10:
+            raise IndexError("no more")
+        return draw(step)
+
+    settings = {"every": 10, "stop": lambda metrics: "enough" if metrics["step"] >= 10 else None}
+    assert run(forget=ending, **settings)[1].stopped == "enough"
+
+
+def test_the_baseline_of_a_resumed_run_is_the_one_it_started_with(tmp_path):
+    """Another processor may get another last bit."""
+    run(budget=0.1, folder=tmp_path, steps=4)
+    described = json.loads((tmp_path / "run.json").read_text())
+    described["settings"]["retain_baseline"] *= 1 + 1e-7
+    (tmp_path / "run.json").write_text(json.dumps(described))
+    run(budget=0.1, folder=tmp_path, steps=4)
+
+
+def test_a_baseline_for_each_utility():
+    def fn(params, batch):
+        losses = losses_fn(params, batch)
+        return losses._replace(retain=jnp.stack([losses.retain, 2 * losses.retain, losses.retain]))
+
+    history = run(fn=fn, budget=0.1, steps=3)[1]
+    assert history.steps["multiplier"].shape == (3, 3)
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    def again(params, metrics):
+        with pytest.raises(ValueError, match="is in use by another run"):
+            run(folder=tmp_path, steps=4)
+
+    run(folder=tmp_path, steps=4, callbacks=[again])
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "run.json.partial").write_text("{")
+    run(folder=tmp_path / "killed", steps=4)
+
+
+def test_names_that_cannot_be_saved_are_refused_at_once(tmp_path):
+    params = {"a": {"b": jnp.ones(3)}, "a.b": jnp.ones(3)}
+    with pytest.raises(ValueError, match="two arrays have the same path"):
+        run(params, folder=tmp_path)
+
+
+def test_numpy_numbers(tmp_path):
+    one = np.int64(1)
+    run(batch_size=8 * one, seed=one, steps=4 * one, every=one, folder=tmp_path)
 
 
 KILLED = """

@@ -1,0 +1,134 @@
+"""What a run may be given to call: rules for its ``stop``, and TensorBoard."""
+
+import os
+from typing import Any
+
+import numpy as np
+
+
+def tensorboard(folder: str | os.PathLike):
+    """A callback that writes the metrics of every evaluation for TensorBoard.
+
+    Args:
+      folder: where the event files go: ``tensorboard --logdir FOLDER``.
+
+    Returns:
+      (params, metrics) -> None, for the ``callbacks`` of `unlearn`.
+
+    Raises:
+      ImportError: tensorboardX is missing.
+
+    Example:
+      >>> import eupmu_jax as eu, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     eu.tensorboard(folder)(None, {"step": 10, "retain_loss": 0.5})
+
+    Source: ours.
+    """
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(os.fspath(folder))
+
+    def write(params: Any, metrics: dict[str, Any]) -> None:
+        del params
+        for name, value in metrics.items():
+            for k, number in enumerate(np.ravel(value)):
+                writer.add_scalar(
+                    name if np.ndim(value) == 0 else f"{name}/{k}", float(number), metrics["step"]
+                )
+        writer.flush()
+
+    return write
+
+
+def reached(name: str, *, at_most: float = np.inf, at_least: float = -np.inf):
+    """A rule for ``stop``: the metric is where it should be.
+
+    Args:
+      name: a key of the metrics, for instance one that evaluate returns.
+      at_most, at_least: its bounds, inclusive.
+
+    Returns:
+      metrics -> str or None.
+
+    Raises:
+      KeyError: from the rule, if there is no such metric.
+
+    Example:
+      >>> import eupmu_jax as eu
+      >>> eu.reached("forget_accuracy", at_most=0.1)({"forget_accuracy": 0.08})
+      'forget_accuracy reached 0.08'
+
+    Source: ours.
+    """
+    return lambda metrics: (
+        f"{name} reached {metrics[name]:.4g}" if at_least <= metrics[name] <= at_most else None
+    )
+
+
+def exhausted(baseline: float, budget: float):
+    """A rule for ``stop``: the mean retain loss since the last evaluation is above its budget.
+
+    .. math:: \\bar R - R_0 > \\delta \\quad\\text{for any utility}
+
+    Args:
+      baseline: R_0, a float or [K], in the loss's units.
+      budget: delta > 0, likewise.
+
+    Returns:
+      metrics -> str or None.
+
+    Raises:
+      Nothing.
+
+    Example:
+      >>> import eupmu_jax as eu
+      >>> eu.exhausted(baseline=0.5, budget=0.1)({"retain_loss": 0.62})
+      'the retain loss rose by 0.12, more than its budget 0.1'
+
+    Source: ours.
+    """
+
+    def rule(metrics):
+        rise = np.asarray(metrics["retain_loss"]) - baseline
+        return (
+            f"the retain loss rose by {np.max(rise):.4g}, more than its budget {budget}"
+            if np.any(rise > budget)
+            else None
+        )
+
+    return rule
+
+
+def over_forgetting(forget: str, unseen: str, slack: float = 0.0):
+    """A rule for ``stop``: the forget set does worse than data that was never trained on.
+
+    .. math:: a_{\\text{forget}} < a_{\\text{unseen}} - \\text{slack}
+
+    which a retrained model would not show and an attacker can see.
+
+    Args:
+      forget, unseen: keys of two metrics of which more is better, such as accuracies of the forget set and of
+        held-out data like it.
+      slack: how much lower is allowed, in the metrics' units.
+
+    Returns:
+      metrics -> str or None.
+
+    Raises:
+      KeyError: from the rule, if there is no such metric.
+
+    Example:
+      >>> import eupmu_jax as eu
+      >>> eu.over_forgetting("forget", "test")({"forget": 0.7, "test": 0.8})
+      'over-forgetting: forget 0.7 is below test 0.8'
+
+    Source: ours.
+    """
+
+    def rule(metrics):
+        if metrics[forget] >= metrics[unseen] - slack:
+            return None
+        return f"over-forgetting: {forget} {metrics[forget]:.4g} is below {unseen} {metrics[unseen]:.4g}"
+
+    return rule
