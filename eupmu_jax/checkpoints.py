@@ -54,6 +54,7 @@ class Folder:
             raise ValueError(f"folder {self.path} is in use by another run: give a new one") from error
         options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(self.path / "checkpoints", options=options)
+        self.saved = self.manager.latest_step() or 0
         self.metrics = self.path / "metrics.jsonl"
 
     def restore(self, like: Any) -> tuple[int, Any, list[dict[str, Any]]]:
@@ -100,12 +101,13 @@ class Folder:
             os.fsync(file.fileno())
 
     def save_if_new(self, step: int, tree: Any) -> None:
-        """Saves unless there is a checkpoint of that step, or none to be made."""
-        if step and step != self.manager.latest_step():
+        """Saves a step that is after what was saved last."""
+        if step > self.saved:
             self.save(step, tree)
 
     def save(self, step: int, tree: Any) -> None:
         """Starts to save; the last good checkpoint stays until this one is whole."""
+        self.saved = step
         try:
             self.manager.save(step, args=self.ocp.args.StandardSave(by_path(tree)))
         except Exception as error:

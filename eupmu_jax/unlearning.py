@@ -214,11 +214,14 @@ def unlearn(
                 run = run._replace(best=on_mesh(best))
             if done and stop is not None:
                 why = why or stop(metrics) or None
+            nonlocal at_rest
+            at_rest = False
             evaluations.append(metrics | ({"stopped": why} if why else {}))
             if book is not None:
                 book.write([{"step": done, "evaluation": evaluations[-1]}])
                 if done:
                     book.save(done, run)
+            at_rest = True
             for callback in callbacks:
                 callback(params, metrics)
             return run
@@ -229,6 +232,8 @@ def unlearn(
         edges = chunk_edges(steps, every, first.rows)
         following = lambda step: int(edges[np.searchsorted(edges, step, "right")])
         is_pause = lambda: done % every == 0 or done == steps
+        # Whether `run`, `done` and the metrics on disk are of the same step.
+        at_rest = True
         try:
             if is_pause() and (not evaluations or evaluations[-1]["step"] < done):
                 run = pause(run)
@@ -238,7 +243,7 @@ def unlearn(
                 rows, amount, trouble = ahead
                 if amount:
                     end, inputs = done + amount, split_rows(rows, mesh)
-                    numbers = jnp.arange(done, end)
+                    numbers, at_rest = jnp.arange(done, end), False
                     carry, infos = run_chunk(run[:2], frozen, jax.random.key(seed), numbers, inputs)
                     run = run._replace(params=carry[0], state=carry[1])
                     if end < steps and trouble is None:
@@ -247,7 +252,7 @@ def unlearn(
                     record(infos, seen, done)
                     if book is not None:
                         book.write(step_lines(seen, done, end))
-                    done = end
+                    done, at_rest = end, True
                     show(done, seen)
                     if why := looks_broken(seen["skipped_steps"][:done]):
                         warnings.warn(f"stopped after {done} of {steps} steps: {why}", stacklevel=2)
@@ -258,7 +263,7 @@ def unlearn(
                     raise trouble
         except BaseException:
             # Data, a score or a user that ends the run: what was done until then is kept.
-            if book is not None and is_intact(run):
+            if book is not None and at_rest:
                 book.save_if_new(done, run)
             raise
         taken = run.best["params"] if score is not None and np.isfinite(run.best["score"]) else run.params
@@ -277,11 +282,6 @@ class Run(NamedTuple):
     params: Any
     state: Any
     best: dict[str, Any]
-
-
-def is_intact(run: Run) -> bool:
-    """Whether no chunk is under way, which has taken over what it started from."""
-    return not any(leaf.is_deleted() for leaf in jax.tree.leaves(run))
 
 
 def saved_settings(folder: str | os.PathLike | None) -> dict[str, Any]:

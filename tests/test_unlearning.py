@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import eupmu_jax as eu
-from eupmu_jax import batches
+from eupmu_jax import batches, unlearning
 
 RNG = np.random.default_rng(0)
 FORGET = {"x": RNG.normal(size=(40, 3)).astype(np.float32), "y": RNG.integers(0, 2, 40)}
@@ -394,6 +394,24 @@ def test_what_a_failing_run_keeps_is_all_that_was_done(tmp_path):
     whole = run(score=score, evaluate=accuracy, every=10)
     assert_same(resumed[0], whole[0])
     assert resumed[1].evaluations[1:] == whole[1].evaluations[1:]
+
+
+@pytest.mark.parametrize("where", ["record", "step_lines", "looks_broken"])
+def test_interrupted_where_parameters_and_metrics_differ(tmp_path, monkeypatch, where):
+    """Ctrl-C while a chunk is waited for must not save its end under the number of its start."""
+    calls, original = [], getattr(unlearning, where)
+
+    def interrupted(*args):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unlearning, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder=tmp_path, every=5)
+    assert_same(run(folder=tmp_path, every=5)[0], run(every=5)[0])
 
 
 def test_a_rule_to_stop_comes_before_data_that_ends():

@@ -42,7 +42,7 @@ class Config:
     (bfloat16 parameters, float32 moments), FSDP x tensor parallel, on v5e and v5p: HBM per chip,
     FLOPs, HBM traffic, collectives, and a roofline estimate of a step's time. Needs the extra
     "scaling". Writes tables.md, rows.csv, a picture and report.html to a new folder under --runs-dir,
-    anew after each topology; about 50 min on two idle cores, --smoke (one small model, 4 chips) 2 min.
+    anew after each topology; about 100 min on two cores, --smoke (one small model, 4 chips) 2 min.
     """
 
     smoke: bool = False
