@@ -224,8 +224,8 @@ def forget_values(config: Unlearn, logits: jax.Array, rows: Any, key: jax.Array)
 def scores(logits: np.ndarray, rows: Any) -> dict[str, float]:
     """Mean cross-entropy in nats and accuracy from 0 to 1 of what counts."""
     mean = masked_mean(objectives.cross_entropy(logits, rows["y"], rows.get("mask")), rows)
-    # No class is the greatest of NaN.
-    right = np.where(np.isnan(logits).any(-1), np.nan, logits.argmax(-1) == rows["y"])
+    # No class is the greatest where one is NaN or infinite.
+    right = np.where((logits < np.inf).all(-1), logits.argmax(-1) == rows["y"], np.nan)
     counts = rows.get("mask", np.ones(rows["y"].shape, bool))
     return {"cross_entropy": float(mean.total / mean.count), "accuracy": float(right[counts].mean())}
 
@@ -309,7 +309,7 @@ def run_unlearn(config: Unlearn) -> None:
     found = {"before": evaluated(compiled, params, sets), "after": evaluated(compiled, unlearned, sets)}
     add_to_evaluation(config.folder, found)
     page = report.write(config.folder)
-    if any(np.isnan(row["cross_entropy"]) for row in found["after"].values()):
+    if any(np.isnan(value) for row in found["after"].values() for value in row.values()):
         raise RuntimeError(
             f"the model of this run is broken, its logits are not finite: give a lower --learning-rate and a "
             f"new --folder; {page} shows where it happened"
