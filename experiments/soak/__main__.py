@@ -114,7 +114,7 @@ def main(config: Config) -> pathlib.Path:
     speed.plot(rows["step"], rows["steps per second"], ".-")
     speed.set(xlabel="step", ylabel="steps per second", ylim=(0, None))
     memory.plot(rows["step"], rows["MiB"], ".-")
-    memory.set(xlabel="step", ylabel="memory of the process, MiB", ylim=(0, None))
+    memory.set(xlabel="step", ylabel="memory of the process, MiB", ylim=(0, 1.15 * rows["MiB"].max()))
     save(figure, path / "soak.png")
 
     quarter = max(1, len(rows) // 4)
