@@ -1,6 +1,5 @@
 """A run's folder: what the run is, its metrics line by line, and checkpoints through Orbax."""
 
-import fcntl
 import json
 import os
 import pathlib
@@ -25,6 +24,8 @@ class Folder:
 
     def __init__(self, path: str | os.PathLike, run: dict[str, Any]):
         """Opens the folder of a run, or makes it; ValueError if another run's is there."""
+        import fcntl  # which Windows has not
+
         import orbax.checkpoint as ocp
         import safetensors.flax
 
