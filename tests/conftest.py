@@ -25,5 +25,5 @@ def strict():
 
 def pytest_collection_modifyitems(items):
     """What takes minutes first, so that no core is idle at the end."""
-    slow = ("test_killed_at_any_moment", "test_two_processes", "test_processes")
+    slow = ("test_killed_at_any_moment", "test_two_processes")
     items.sort(key=lambda item: not item.name.startswith(slow))
