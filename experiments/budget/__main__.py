@@ -14,9 +14,9 @@ from experiments.classification.bench import make_bench, open_records
 from experiments.classification.configs import CONFIGS, FASHION_MNIST
 from experiments.classification.report import describe
 from experiments.classification.study import saved_task, trained
-from experiments.images import FASHION_MNIST_DIR
-from experiments.report import note_session, saved_config, start_run
-from experiments.terminal import progress_bar
+from experiments.shared.data.images import FASHION_MNIST_DIR
+from experiments.shared.report import note_session, saved_config, start_run
+from experiments.shared.terminal import progress_bar
 
 BUDGET_OF_CLASSES = 0.2
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from eupmu_jax import budget as pid
-from eupmu_jax.losses import Losses
-from experiments.peers.eupmu import eupmu, eupmu_budget
-from experiments.peers.exact_surgery import exact_surgery_budget
-from experiments.peers.method import Apply, Method, descend, random_label_losses, record
+from eupmu_jax.method import budget as pid
+from eupmu_jax.method.losses import Losses
+from experiments.shared.methods.eupmu import eupmu, eupmu_budget
+from experiments.shared.methods.exact_surgery import exact_surgery_budget
+from experiments.shared.methods.method import Apply, Method, descend, random_label_losses, record
 
 
 class Rule(NamedTuple):

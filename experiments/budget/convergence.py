@@ -13,8 +13,8 @@ import pandas as pd
 import scipy.optimize
 
 import eupmu_jax as eu
-from eupmu_jax.budget import TARGET
-from experiments.report import Frame, grid, save
+from eupmu_jax.method.budget import TARGET
+from experiments.shared.report import Frame, grid, save
 
 DECAYS = {"constant": 0.0, "1/sqrt(t)": 0.5, "1/t": 1.0}
 NOISES = ("deterministic", "stochastic")

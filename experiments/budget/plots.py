@@ -9,7 +9,7 @@ from experiments.budget.controllers import CONTROLLERS, EUPMU
 from experiments.budget.study import Cell, Scale
 from experiments.budget.utilities import ORIGINAL, VARIANTS
 from experiments.classification.bench import RecordsByKey, of_kind
-from experiments.report import Frame, grid, save
+from experiments.shared.report import Frame, grid, save
 
 SHOWN = (-0.5, 2.5)
 """Shares of the budget beyond which a run is drawn at the edge."""

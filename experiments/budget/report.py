@@ -19,7 +19,7 @@ from experiments.budget.study import (
 )
 from experiments.budget.utilities import ORIGINAL
 from experiments.classification.bench import RecordsByKey, of_kind
-from experiments.report import Frame, Section, write_csv, write_markdown, write_page
+from experiments.shared.report import Frame, Section, write_csv, write_markdown, write_page
 
 LAST = 5
 """Of a run's stored means, so many count as its end: about a tenth of the steps."""

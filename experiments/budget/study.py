@@ -14,12 +14,12 @@ import optax
 from experiments.budget.controllers import CONTROLLERS, EUPMU, FULL_SIGHT, RELEASED
 from experiments.classification.bench import Bench, Records
 from experiments.classification.study import Models
-from experiments.forget_sets import Task
-from experiments.peers import Peer
-from experiments.peers.fine_tuning import fine_tuning
-from experiments.peers.method import cross_entropy
-from experiments.peers.random_labels import random_labels
-from experiments.unlearning import make_plan, make_unlearner, momentum
+from experiments.shared.forget_sets import Task
+from experiments.shared.loop import make_plan, make_unlearner, momentum
+from experiments.shared.methods import Peer
+from experiments.shared.methods.fine_tuning import fine_tuning
+from experiments.shared.methods.method import cross_entropy
+from experiments.shared.methods.random_labels import random_labels
 
 FINE_TUNING = "fine-tuning"
 FORGETTING = "forgetting only"

@@ -12,8 +12,8 @@ import eupmu_jax as eu
 from eupmu_jax.evaluation import step_cost
 from experiments.classification.bench import Bench, Records
 from experiments.classification.study import Models
-from experiments.forget_sets import Task
-from experiments.unlearning import momentum
+from experiments.shared.forget_sets import Task
+from experiments.shared.loop import momentum
 
 FORGET_BATCH, PER_CLASS = 64, 28
 ORIGINAL = "before"

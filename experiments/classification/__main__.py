@@ -12,9 +12,9 @@ from rich.console import Console
 from experiments.classification import report, study
 from experiments.classification.bench import make_bench
 from experiments.classification.configs import CONFIGS, Config
-from experiments.classifier import Recipe
-from experiments.report import saved_config, start_run
-from experiments.terminal import progress_bar, show
+from experiments.shared.models.classifier import Recipe
+from experiments.shared.report import saved_config, start_run
+from experiments.shared.terminal import progress_bar, show
 
 PROGRAM = "classification"
 COMMAND = f"python -m experiments.{PROGRAM}"

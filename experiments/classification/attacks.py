@@ -9,10 +9,10 @@ import optax
 
 from eupmu_jax import evaluation
 from experiments.classification.bench import Bench, Records
-from experiments.classifier import batch_rows, calibration
-from experiments.forget_sets import Task
-from experiments.peers.method import cross_entropy
-from experiments.unlearning import Plan, make_plan, make_unlearn_many
+from experiments.shared.forget_sets import Task
+from experiments.shared.loop import Plan, make_plan, make_unlearn_many
+from experiments.shared.methods.method import cross_entropy
+from experiments.shared.models.classifier import batch_rows, calibration
 
 SHADOW_SHARE = 0.8
 

@@ -12,12 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import images
 from experiments.classification.configs import Config, check
-from experiments.classifier import MODELS, Classifier, Trainer, calibration, make_classifier, make_trainer
-from experiments.forget_sets import Task, wrong_labels
-from experiments.peers import PEERS, Peer
-from experiments.unlearning import Run, Unlearner, make_plan, make_unlearn, make_unlearner, number_of_steps
+from experiments.shared.data import images
+from experiments.shared.forget_sets import Task, wrong_labels
+from experiments.shared.loop import Run, Unlearner, make_plan, make_unlearn, make_unlearner, number_of_steps
+from experiments.shared.methods import PEERS, Peer
+from experiments.shared.models.classifier import (
+    MODELS,
+    Classifier,
+    Trainer,
+    calibration,
+    make_classifier,
+    make_trainer,
+)
 
 
 class Bench(NamedTuple):

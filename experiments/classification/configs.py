@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Iterable
 from typing import Literal
 
-from experiments.classifier import Recipe
-from experiments.peers import PEERS
+from experiments.shared.methods import PEERS
+from experiments.shared.models.classifier import Recipe
 
 Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "svhn", "image-folder"]
 

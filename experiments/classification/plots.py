@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 
 from experiments.classification.bench import RecordsByKey, of_kind
-from experiments.report import REFERENCES, Frame, grid, plain_numbers, save
+from experiments.shared.report import REFERENCES, Frame, grid, plain_numbers, save
 
 
 def front(points: np.ndarray) -> np.ndarray:

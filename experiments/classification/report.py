@@ -16,7 +16,7 @@ from experiments.classification.plots import (
     plot_histories,
     plot_relearning,
 )
-from experiments.report import (
+from experiments.shared.report import (
     Frame,
     Section,
     mean_and_std,

@@ -9,10 +9,10 @@ import numpy as np
 
 from eupmu_jax import evaluation
 from experiments.classification.bench import Bench, Outputs
-from experiments.forget_sets import Task
-from experiments.images import Examples
-from experiments.peers import Batch
-from experiments.peers.method import random_label_losses
+from experiments.shared.data.images import Examples
+from experiments.shared.forget_sets import Task
+from experiments.shared.methods import Batch
+from experiments.shared.methods.method import random_label_losses
 
 
 def accuracies(bench: Bench, task: Task, outputs: Outputs) -> dict[str, float]:

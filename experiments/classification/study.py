@@ -15,8 +15,8 @@ from experiments.classification.bench import Bench, Outputs, Records, open_recor
 from experiments.classification.configs import Config
 from experiments.classification.scores import accuracies, against_retrain, full_scores, step_cost
 from experiments.classification.tuning import blind_score, settings_to_try
-from experiments.forget_sets import Task, make_task
-from experiments.report import OTHER_SEED, note_session
+from experiments.shared.forget_sets import Task, make_task
+from experiments.shared.report import OTHER_SEED, note_session
 
 Entries = Mapping[str, tuple[str, dict[str, float]]]
 Progress = Callable[[str, float], None]

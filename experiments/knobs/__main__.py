@@ -17,11 +17,11 @@ from experiments.classification import study
 from experiments.classification.bench import make_bench, read_records
 from experiments.classification.configs import FASHION_MNIST
 from experiments.classification.report import describe, runs_frame
-from experiments.images import FASHION_MNIST_DIR
-from experiments.peers import Peer
-from experiments.peers.eupmu import eupmu
-from experiments.peers.random_labels import random_labels
-from experiments.report import (
+from experiments.shared.data.images import FASHION_MNIST_DIR
+from experiments.shared.methods import Peer
+from experiments.shared.methods.eupmu import eupmu
+from experiments.shared.methods.random_labels import random_labels
+from experiments.shared.report import (
     REFERENCES,
     Frame,
     Section,
@@ -34,7 +34,7 @@ from experiments.report import (
     write_markdown,
     write_page,
 )
-from experiments.terminal import progress_bar
+from experiments.shared.terminal import progress_bar
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 BASE = {"learning_rate": 0.01, "demand": 0.03}

@@ -12,9 +12,9 @@ from rich.console import Console
 from experiments.classification import report, study
 from experiments.classification.bench import make_bench
 from experiments.classification.configs import CONFIGS
-from experiments.images import FASHION_MNIST_DIR
-from experiments.report import start_run
-from experiments.terminal import progress_bar, show
+from experiments.shared.data.images import FASHION_MNIST_DIR
+from experiments.shared.report import start_run
+from experiments.shared.terminal import progress_bar, show
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,12 +13,12 @@ import tyro
 from rich.console import Console
 
 from experiments.classification.bench import open_records
-from experiments.report import note_session, read_origin, saved_config, start_run
 from experiments.scaling import report
 from experiments.scaling.compile import Cell, measure, prepare
 from experiments.scaling.model import SIZES, Size, count_parameters
 from experiments.scaling.steps import METHODS
-from experiments.terminal import progress_bar
+from experiments.shared.report import note_session, read_origin, saved_config, start_run
+from experiments.shared.terminal import progress_bar
 
 CELLS = [
     Cell("0.1B", "v5e:2x2", fsdp=4, tensor=1, sequences=8),

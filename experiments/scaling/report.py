@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 
 from experiments.classification.bench import RecordsByKey
-from experiments.report import Frame, Section, save, write_csv, write_markdown, write_page
 from experiments.scaling.compile import CHIPS, Cell, estimated_seconds
 from experiments.scaling.hlo import KINDS
 from experiments.scaling.model import count_parameters
 from experiments.scaling.steps import EXACT, LAGGED, LOOKAHEAD, METHODS, PLAIN
+from experiments.shared.report import Frame, Section, save, write_csv, write_markdown, write_page
 
 GIB = 2**30
 COLOURS = dict(zip(METHODS, ("black", "tab:blue", "tab:orange", "tab:red"), strict=True))

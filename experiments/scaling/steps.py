@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import eupmu_jax as eu
-from eupmu_jax.losses import LossesFn
+from eupmu_jax.method.losses import LossesFn
 from experiments.scaling.model import Size, next_token_losses
 
 PLAIN, LAGGED, LOOKAHEAD, EXACT = "fine-tuning", "EUPMU lagged", "EUPMU lookahead", "exact surgery"

@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 
 import eupmu_jax as eu
-from experiments.report import (
+from experiments.shared.report import (
     Frame,
     Section,
     grid,

@@ -1,0 +1,1 @@
+"""The method: losses, gradient, constraint, controller and transformations. Needs jax and optax alone."""

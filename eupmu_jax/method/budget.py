@@ -1,0 +1,148 @@
+"""The controller that spends a total budget: PID on log(multiplier), beside what is left to forget."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from eupmu_jax.method.losses import Losses
+
+# In shares of the budget, the retain loss answers log(multiplier) with a gain near -1 whatever the model,
+# the losses and the learning rate, so that one setting serves all (derived in experiments/README.md).
+PROPORTIONAL, INTEGRAL, DERIVATIVE = 3.0, 0.1, 10.0
+SMOOTHING = 0.8
+# The multiplier that holds R falls as what is left to forget does: this power of it, without waiting for R to
+# tell. Near the least of a quadratic U a power above 1/2 would feed back on itself.
+FORGET, FORGOTTEN = 0.5, 0.01
+# The gains hold for observations whose noise is below this share of the budget; noisier ones lower them.
+NOISE = 0.25
+NOISE_MEMORY = 20
+# What is aimed at, and what is no longer told apart from "far above" it, in shares of the budget.
+TARGET, FAR_ABOVE, OUTLIER = 0.95, 4.0, 20.0
+# Of the exponent: beyond these the weights hardly change, and coming back would take the longer.
+LOWEST, HIGHEST = -5.0, 8.0
+MEASURING_STEPS = 10
+# So many more steps above the budget than below it, the exponent above that, and it looks infeasible.
+STRAINED_STEPS, STRAINED = 50, 5.0
+
+
+class BudgetState(NamedTuple):
+    """O(K) scalars: R_0 and U_0, what the observed losses say, the integral term, and how long R resisted.
+
+    `noise` is the variance of one observation, from successive differences.
+    """
+
+    baseline: jax.Array
+    forget_baseline: jax.Array
+    forget: jax.Array
+    last: jax.Array
+    smoothed: jax.Array
+    noise: jax.Array
+    integral: jax.Array
+    strained_steps: jax.Array
+    steps: jax.Array
+
+
+def init(multiplier: jax.Array, retain_baseline: Any) -> BudgetState:
+    """R_0 as it was given, or to be measured while `steps` counts up to 0."""
+    zeros = lambda: jnp.zeros_like(multiplier)
+    known = zeros() if retain_baseline is None else jnp.asarray(retain_baseline, multiplier.dtype)
+    return BudgetState(
+        baseline=known + zeros(),
+        forget_baseline=jnp.zeros([], multiplier.dtype),
+        forget=jnp.zeros([], multiplier.dtype),
+        last=zeros(),
+        smoothed=zeros(),
+        noise=zeros(),
+        integral=zeros(),
+        strained_steps=jnp.zeros(multiplier.shape, jnp.int32),
+        steps=jnp.asarray(-MEASURING_STEPS if retain_baseline is None else 0, jnp.int32),
+    )
+
+
+def is_measuring(state: BudgetState) -> jax.Array:
+    """Whether the latest observation went into R_0; a bool []."""
+    return state.steps <= 0
+
+
+def control(
+    state: BudgetState, losses: Losses, budget: jax.Array, lowest: float = LOWEST
+) -> tuple[jax.Array, BudgetState]:
+    r"""The exponent x_t after U_t and R_t were observed, [] or [K], each utility for itself.
+
+    .. math::
+      e_t &= 0.8\, e_{t-1} + 0.2\, R_t, \qquad e_{-1} = R_0 \\
+      v_t &= (e_t - R_0) / \delta - 0.95 \\
+      g_t &= \min(1, 0.25\, \delta / \sigma_t) \\
+      I_t &= I_{t-1} + 0.1\, g_t v_t \\
+      x_t &= g_t (3 v_t + 10 (e_t - e_{t-1}) / \delta) + I_t
+
+    with sigma_t the standard deviation of one observation, from successive differences. v_t is kept
+    in [-1, 4] and x_t in [lowest, 8], by stopping the integral there. I_0 = 2.85 is what makes x = 0
+    at R_0, and x_0 = 0 whatever the first batch shows. A rise counts as 20 budgets at most, in a
+    difference 4, so that an outlier is soon forgotten.
+
+    Source: ours.
+    """
+    retain_loss, forget_loss = losses.retain, losses.forget
+    measuring, first = state.steps < 0, state.steps == 0
+    count = (state.steps + MEASURING_STEPS + 1).astype(retain_loss.dtype)
+    baseline = jnp.where(measuring, state.baseline + (retain_loss - state.baseline) / count, state.baseline)
+
+    retain_loss = jnp.minimum(retain_loss, baseline + OUTLIER * budget)
+    last = jnp.where(first, retain_loss, state.last)
+    change = jnp.clip((retain_loss - last) / budget, -FAR_ABOVE, FAR_ABOVE) * budget
+    share = 1 / jnp.clip(state.steps, 1, NOISE_MEMORY).astype(retain_loss.dtype)
+    noise = state.noise + share * (change**2 / 2 - state.noise)
+    before = jnp.where(first, baseline, state.smoothed)
+    smoothed = before + (1 - SMOOTHING) * (retain_loss - before)
+    gain = NOISE * budget / jnp.sqrt(jnp.maximum(noise, (NOISE * budget) ** 2))
+
+    error = jnp.clip((smoothed - baseline) / budget - TARGET, -1, FAR_ABOVE)
+    reaction = gain * (PROPORTIONAL * error + DERIVATIVE * (smoothed - before) / budget)
+    # From x = 0 at R_0: what the first batch adds to that is noise, not to be remembered.
+    integral = jnp.where(first, PROPORTIONAL * TARGET, state.integral + INTEGRAL * gain * error)
+    integral = jnp.clip(integral, lowest - reaction, HIGHEST - reaction)
+    exponent = reaction + integral
+
+    strained = (exponent > STRAINED) & (smoothed > baseline + budget)
+    strained_steps = jnp.clip(state.strained_steps + jnp.where(strained, 1, -1), 0, 2 * STRAINED_STEPS)
+    stepped = BudgetState(
+        baseline=baseline,
+        forget_baseline=jnp.where(first, forget_loss, state.forget_baseline),
+        forget=jnp.where(first, forget_loss, state.forget + (1 - SMOOTHING) * (forget_loss - state.forget)),
+        last=retain_loss,
+        smoothed=smoothed,
+        noise=noise,
+        integral=integral,
+        strained_steps=strained_steps,
+        steps=state.steps + 1,
+    )
+    waiting = state._replace(baseline=baseline, steps=state.steps + 1)
+    stepped = jax.tree.map(lambda new, old: jnp.where(measuring, old, new), stepped, waiting)
+    return jnp.where(measuring | first, jnp.zeros_like(exponent), exponent), stepped
+
+
+def foresight(state: BudgetState) -> jax.Array:
+    r"""The factor of the multiplier that follows from what is left to forget, [].
+
+    .. math:: \lambda_t = \lambda_0 \sqrt{\bar U_t / U_0}\, e^{x_t}
+
+    with U smoothed as R is and the ratio kept in [0.01, 1]; 1 where U_0 <= 0, as in gradient ascent.
+
+    Source: ours.
+    """
+    baseline = state.forget_baseline
+    left = state.forget / jnp.where(baseline > 0, baseline, jnp.ones_like(baseline))
+    return jnp.where(baseline > 0, jnp.clip(left, FORGOTTEN, 1) ** FORGET, jnp.ones_like(left))
+
+
+def violation(state: BudgetState, budget: jax.Array) -> jax.Array:
+    """Smoothed R_t - R_0 - budget, in the loss's units; 0 before the first observation."""
+    signed = state.smoothed - state.baseline - budget
+    return jnp.where(state.steps > 0, signed, jnp.zeros_like(signed))
+
+
+def looks_infeasible(state: BudgetState) -> jax.Array:
+    """Whether R stayed above the budget with the multiplier at its end; a bool, [] or [K]."""
+    return state.strained_steps >= STRAINED_STEPS

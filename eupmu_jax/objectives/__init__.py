@@ -1,0 +1,34 @@
+"""Forget and retain losses to build `Losses` from, as values per example, with masks.
+
+For classification logits are [B, C], labels [B] and mask [B]; for sequences logits are [B, T, V], labels
+[B, T] and mask [B, T], where logits[:, t] predict labels[:, t]: shift them yourself. A mask is True where
+an entry counts; where it is False, logits may be NaN and labels anything (-100, say), in the value and in the
+gradient. A value is NaN where nothing of its example counts, so that none of it passes for a zero: leave
+it out with `masked_mean`. All is computed in float32 or wider, and in nats.
+"""
+
+from eupmu_jax.objectives.diffusion import noise_prediction_redirect
+from eupmu_jax.objectives.labels import (
+    cross_entropy,
+    gradient_ascent,
+    kl_to_reference,
+    kl_to_uniform,
+    unlikelihood,
+    wrong_labels,
+)
+from eupmu_jax.objectives.language import npo, sequence_log_probability, simnpo
+from eupmu_jax.objectives.masks import masked_mean
+
+__all__ = [
+    "cross_entropy",
+    "gradient_ascent",
+    "kl_to_reference",
+    "kl_to_uniform",
+    "masked_mean",
+    "noise_prediction_redirect",
+    "npo",
+    "sequence_log_probability",
+    "simnpo",
+    "unlikelihood",
+    "wrong_labels",
+]

@@ -1,0 +1,113 @@
+"""Objectives on the log probability of a sequence: NPO and SimNPO."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from eupmu_jax.objectives.masks import VALUES, check_shape, label_log_probability, wide, wide_pair
+
+
+def sequence_log_probability(logits: Any, targets: Any, mask: Any = None) -> jax.Array:
+    r"""The log-probability of each sequence: what `npo` and `simnpo` take.
+
+    .. math:: \log \pi(y) = \textstyle\sum_t m_t \log p_t(y_t)
+
+    Range (-inf, 0]; 0 where no token counts.
+
+    Args:
+      logits: floating [B, T, V]; logits[:, t] predict targets[:, t].
+      targets: integers [B, T].
+      mask: bool [B, T], True where a token counts (the answer, not the prompt); None for all.
+
+    Returns:
+      [B] in nats, float32 or wider. A target outside [0, V) makes it NaN under jit. With labels
+      [B], ``-cross_entropy(logits, labels)`` is the log-probability of a class.
+
+    Raises:
+      TypeError: as for `cross_entropy`.
+      ValueError: other shapes; targets outside [0, V), where they are known.
+
+    Example:
+      >>> from eupmu_jax import objectives
+      >>> targets, mask = jnp.array([[1, 0, -100]]), jnp.array([[True, True, False]])
+      >>> objectives.sequence_log_probability(jnp.zeros((1, 3, 2)), targets, mask).round(4)
+      Array([-1.3863], dtype=float32)
+
+    Source: standard.
+    """
+    _, log_p_target, _, counts = label_log_probability(logits, targets, mask, "targets", "[B, T, V]", [3])
+    return jnp.sum(jnp.where(counts, log_p_target, 0), -1)
+
+
+def npo(log_probability: Any, reference_log_probability: Any, beta: Any = 0.1) -> jax.Array:
+    r"""Negative preference optimisation: gradient ascent that eases off as the reference is left behind.
+
+    .. math:: -\tfrac2\beta \log\sigma\big(-\beta (\log\pi - \log\pi_\text{ref})\big)
+
+    Range [0, inf), 2 log(2) / beta at the reference. Its gradient is that of log pi times
+    2 pi^beta / (pi^beta + pi_ref^beta); as beta -> 0 that factor -> 1: gradient ascent on the sequence.
+
+    Args:
+      log_probability: log pi of each forget example, floating [B], from `sequence_log_probability`.
+      reference_log_probability: the same under the model before unlearning; no gradient flows into it.
+      beta: > 0, the inverse temperature; 0.1 is the paper's.
+
+    Returns:
+      [B], float32 or wider.
+
+    Raises:
+      TypeError, ValueError: dtypes and shapes other than these; a beta that is not positive.
+
+    Example:
+      >>> from eupmu_jax import objectives
+      >>> objectives.npo(jnp.array([-5.0, -200.0]), jnp.array([-5.0, -5.0])).round(4)
+      Array([13.8629,  0.    ], dtype=float32)
+
+    Source: Zhang et al., arXiv 2404.05868.
+    """
+    names = "log_probability", "reference_log_probability"
+    value, reference = wide_pair(names, (log_probability, reference_log_probability), VALUES, [1])
+    return preference(value - reference, beta)
+
+
+def simnpo(log_probability: Any, length: Any, beta: Any, gamma: Any = 0.0) -> jax.Array:
+    r"""NPO without a reference model: the log-probability per token takes the place of the ratio.
+
+    .. math:: -\tfrac2\beta \log\sigma\big(-\tfrac{\beta}{|y|} \log\pi - \gamma\big)
+
+    Range [0, inf). A larger gamma asks for less probability before it eases off.
+
+    Args:
+      log_probability: log pi of each forget example, floating [B], from `sequence_log_probability`.
+      length: |y|, the tokens of each that count, real [B]: mask.sum(-1).
+      beta: > 0, the inverse temperature, searched for each task by the paper's code, between 1 and 4.5.
+      gamma: the reward margin, added to beta times nats per token; that code's gamma times beta.
+
+    Returns:
+      [B], float32 or wider; NaN for a length that is not positive, for `masked_mean` to leave out.
+
+    Raises:
+      TypeError, ValueError: dtypes and shapes other than these; a beta that is not positive.
+
+    Example:
+      >>> from eupmu_jax import objectives
+      >>> objectives.simnpo(jnp.array([0.0, -50.0]), jnp.array([5, 5]), beta=2.0).round(4)
+      Array([0.6931, 0.    ], dtype=float32)
+
+    Source: Fan et al., arXiv 2410.07163.
+    """
+    value = wide("log_probability", log_probability, VALUES, [1])
+    check_shape("length", length, value.shape, "that of log_probability")
+    length = jnp.asarray(length).astype(value.dtype)
+    per_token = value / jnp.where(length > 0, length, 1)
+    return jnp.where(length > 0, preference(per_token, beta, gamma), jnp.nan)
+
+
+def preference(log_ratio, beta, gamma=0.0):
+    """-2 / beta log sigmoid(-beta log_ratio - gamma)."""
+    if not isinstance(beta, Tracer) and not np.all(np.asarray(beta) > 0):
+        raise ValueError(f"beta must be > 0, got {beta}")
+    return 2 / beta * jax.nn.softplus(beta * log_ratio + gamma)

@@ -1,0 +1,559 @@
+"""The studies' machinery: forget sets, training, the loop, tuning, records, reports, command lines."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments.classification import __main__ as classification
+from experiments.classification import bench, plots, scores, study, tuning
+from experiments.classification import report as study_report
+from experiments.classification.configs import CONFIGS, check
+from experiments.quickstart import __main__ as quickstart
+from experiments.shared import report
+from experiments.shared.data import images
+from experiments.shared.forget_sets import make_task, memorisation, wrong_labels
+from experiments.shared.loop import (
+    Plan,
+    make_plan,
+    make_unlearn,
+    make_unlearn_many,
+    make_unlearner,
+    number_of_steps,
+)
+from experiments.shared.methods import PEERS
+from experiments.shared.methods.method import cross_entropy
+from experiments.shared.models.classifier import (
+    MLP,
+    Recipe,
+    ResNet18,
+    augment,
+    batch_rows,
+    make_classifier,
+    make_trainer,
+)
+
+RECIPE = Recipe(epochs=4, batch_size=32, optimizer="adam", learning_rate=3e-3)
+TINY = dataclasses.replace(
+    CONFIGS["smoke"],
+    training=RECIPE,
+    tasks=("class:3", "random:0.1"),
+    train_size=300,
+    validation_size=100,
+    test_size=100,
+    methods=("random labels", "SalUn", "EUPMU lagged"),
+    trials=2,
+    shadows=3,
+    relearning_steps=10,
+)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return images.partition(*images.digits(), train_size=300, validation_size=100, test_size=100, seed=0)
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return make_classifier(MLP(10, (32,)))
+
+
+@pytest.fixture(scope="module")
+def trainer(classifier):
+    return make_trainer(classifier, RECIPE)
+
+
+def on_device(examples):
+    return images.Examples(*map(jnp.asarray, examples))
+
+
+def assert_trees_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+@pytest.mark.parametrize("spec", ["class:3", "subclass:3", "random:0.1", "random:0.5", "memorised:0.1"])
+def test_forget_sets_are_disjoint_and_complete(spec, data, trainer, classifier):
+    task = make_task(spec, data, trainer, classifier, seed=0)
+    np.testing.assert_array_equal(np.sort(np.concatenate([task.forget, task.retain])), np.arange(300))
+    labels = data.train.y[task.forget]
+    if spec == "class:3":
+        assert set(labels) == {3}
+        assert 3 not in data.train.y[task.retain]
+        assert 3 not in data.test.y[task.judged_on(data.test)]
+    else:
+        np.testing.assert_array_equal(task.judged_on(data.test), np.arange(100))
+    if spec == "subclass:3":
+        assert set(labels) == {3}
+        assert 3 in data.train.y[task.retain]
+    if spec.startswith(("random", "memorised")):
+        assert len(task.forget) == round(float(spec.split(":")[1]) * 300)
+    again = make_task(spec, data, trainer, classifier, seed=0)
+    np.testing.assert_array_equal(again.forget, task.forget)
+
+
+@pytest.mark.parametrize("spec", ["class:x", "class:77", "random:0", "random:1", "random:2", "odd:1", ""])
+def test_impossible_forget_sets_are_named(spec, data, trainer, classifier):
+    with pytest.raises(ValueError, match=f"task '{spec}'"):
+        make_task(spec, data, trainer, classifier, seed=0)
+
+
+def test_memorisation_finds_wrong_labels(data, classifier):
+    """A label that contradicts its image can only be known by heart."""
+    labels = data.train.y.copy()
+    labels[:15] = (labels[:15] + 5) % 10
+    thorough = make_trainer(classifier, dataclasses.replace(RECIPE, epochs=100, learning_rate=1e-2))
+    scores = memorisation(images.Examples(data.train.x, labels), thorough, classifier, seed=0)
+    assert np.all((scores >= -1) & (scores <= 1))
+    worst = np.argsort(-scores)[:15]
+    assert np.sum(worst < 15) >= 8, "chance finds less than one"
+
+
+def test_wrong_labels_are_wrong_and_within_range():
+    labels = np.arange(1000) % 7
+    wrong = wrong_labels(labels, 7, seed=0)
+    assert np.all(wrong != labels)
+    assert set(wrong) == set(range(7))
+
+
+def test_batches_pass_over_everything_equally():
+    rows = batch_rows(np.arange(10) + 5, batch_size=4, steps=5, seed=0)
+    assert rows.shape == (5, 4)
+    np.testing.assert_array_equal(np.bincount(rows.ravel(), minlength=15), [0] * 5 + [2] * 10)
+    assert batch_rows(np.arange(3), 8, 2, seed=0).shape == (2, 8)
+
+
+def test_a_plan_pairs_forget_with_retain():
+    forget, retain = np.arange(5), np.arange(5, 50)
+    plan = make_plan(forget, retain, steps=20, batch_size=4, seed=0)
+    assert plan.rows.shape == (20, 2, 4)
+    assert set(plan.rows[:, 0].ravel()) == set(forget)
+    assert set(plan.rows[:, 1].ravel()) == set(retain)
+    assert set(plan.forget_rows.ravel()) == set(forget)
+    assert number_of_steps(5, 6000, 64) == 470
+    assert number_of_steps(1, 3, 64) == 10
+
+
+def test_augmented_images_are_shifted_and_mirrored():
+    image = np.arange(1, 37, dtype=np.uint8).reshape(6, 6, 1)
+    out = np.asarray(augment(jax.random.key(0), jnp.tile(image, (200, 1, 1, 1))))
+    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+    windows = [padded[i : i + 6, j : j + 6] for i in range(9) for j in range(9)]
+    possible = {window.tobytes() for window in windows} | {w[:, ::-1].tobytes() for w in windows}
+    seen = {one.tobytes() for one in out}
+    assert seen <= possible
+    assert len(seen) > 50
+
+
+def test_prediction_normalises_by_the_calibration_images():
+    """With one batch as its calibration, prediction on that batch is the training-mode forward pass."""
+    classifier = make_classifier(ResNet18(3, width=4))
+    x = jax.random.randint(jax.random.key(1), (6, 8, 8, 3), 0, 256).astype(jnp.uint8)
+    params = classifier.init(jax.random.key(0), x)
+    assert "batch_stats" not in params
+    expected = jax.nn.softmax(classifier.apply(params, x))
+    got = jax.jit(classifier.predict)(params, x[None], x)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    other = jax.jit(classifier.predict)(params, (x // 4)[None], x)
+    assert not np.allclose(other, expected, atol=1e-3)
+
+
+def test_the_sgd_recipe_step_by_step(data):
+    """Momentum, weight decay, and a rate that falls to a tenth at half of the run; no augmentation."""
+    classifier = make_classifier(MLP(10, ()))
+    recipe = Recipe(2, 150, "sgd", learning_rate=0.1, weight_decay=0.01, drops=(0.5,))
+    trainer = make_trainer(classifier, recipe)
+    plan = trainer.plan(np.arange(300), 0)
+    assert plan.shape == (2, 2, 150)
+    train = on_device(data.train)
+    got, _ = trainer.train(train, plan, 0)
+    params = classifier.init(jax.random.split(jax.random.key(0))[0], train.x[:1])
+    velocity = jax.tree.map(jnp.zeros_like, params)
+    for number, rows in enumerate(plan.reshape(-1, 150)):
+        grads = jax.grad(lambda p, rows=rows: cross_entropy(classifier.apply, p, *train[rows]))(params)
+        velocity = jax.tree.map(lambda v, g, p: 0.9 * v + g + 0.01 * p, velocity, grads, params)
+        rate = 0.1 if number < 2 else 0.01
+        params = jax.tree.map(lambda p, v, rate=rate: p - rate * v, params, velocity)
+    assert_trees_close(got, params, atol=1e-6)
+
+
+def test_augmentation_reaches_training_and_unlearning(data, classifier):
+    train, rows = on_device(data.train), np.arange(300)
+    trained = []
+    for augmented in (False, True):
+        trainer = make_trainer(classifier, dataclasses.replace(RECIPE, augmented=augmented))
+        trained.append(trainer.train(train, trainer.plan(rows, 0), 0)[0])
+    assert not np.allclose(*(jax.tree.leaves(params)[0] for params in trained), atol=1e-3)
+    plan = make_plan(np.arange(30), np.arange(30, 300), steps=10, batch_size=16, seed=0)
+    knobs, wrong = {"learning_rate": 0.01}, jnp.zeros(300, jnp.int32)
+    ends = []
+    for augmented in (False, True):
+        unlearn = make_unlearn(make_unlearner(PEERS["PCGrad"], classifier.apply, augmented=augmented))
+        ends.append(unlearn(knobs, trained[0], train, wrong, plan, 0).params)
+    assert not np.allclose(*(jax.tree.leaves(params)[0] for params in ends), atol=1e-4)
+
+
+def test_full_size_recipe_is_the_published_one():
+    config = CONFIGS["cifar10"]
+    params = jax.eval_shape(
+        make_classifier(ResNet18(10)).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8)
+    )
+    # ResNet-18 for CIFAR-10 has 11,173,962 weights.
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 11_173_962
+    assert config.training == Recipe(182, 256, "sgd", 0.1, 5e-4, (0.5, 0.75), augmented=True)
+    assert (config.validation_size, config.unlearning_epochs, config.weight_decay) == (5000, 5, 5e-4)
+
+
+def test_many_models_in_one_call_are_the_same_models(data, classifier, trainer):
+    train = on_device(data.train)
+    rows = np.arange(300)
+    plans = np.stack([trainer.plan(rows, seed) for seed in (0, 1)])
+    many = trainer.train_many(train, plans, jnp.stack([jax.random.key(seed) for seed in (0, 1)]))
+    singles = [trainer.train(train, plans[seed], seed)[0] for seed in (0, 1)]
+    accuracy = np.mean(classifier.apply(singles[0], train.x).argmax(-1) == train.y)
+    assert accuracy > 0.5
+    for seed, single in enumerate(singles):
+        assert_trees_close(jax.tree.map(lambda leaf, s=seed: leaf[s], many), single, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["SalUn", "SCRUB", "EUPMU lookahead"])
+def test_unlearning_many_at_once_is_unlearning_each(method, data, classifier, trainer):
+    train = on_device(data.train)
+    wrong = jnp.asarray(wrong_labels(data.train.y, 10, 0))
+    params, _ = trainer.train(train, trainer.plan(np.arange(300), 0), 0)
+    peer = PEERS[method]
+    knobs = {"learning_rate": 0.003, **{name: float(np.mean(r)) for name, r in peer.knobs.items()}}
+    unlearner = make_unlearner(peer, classifier.apply, weight_decay=1e-3)
+    plans = [make_plan(np.arange(30), np.arange(30, 300), steps=20, batch_size=16, seed=s) for s in (0, 1)]
+    unlearn = make_unlearn(unlearner)
+    parts = []
+    singles = [unlearn(knobs, params, train, wrong, plan, 0, parts.append) for plan in plans]
+    assert sum(parts) == pytest.approx(2)
+    assert singles[0].history["retain_loss"].shape == (20,)
+    both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
+    stacked = Plan(*(np.stack(part) for part in zip(*plans, strict=True)))
+    keys = jax.random.split(jax.random.key(0), 2)
+    many = make_unlearn_many(unlearner)(knobs, both, keys, train, wrong, stacked)
+    for i, single in enumerate(singles):
+        assert_trees_close(jax.tree.map(lambda leaf, i=i: leaf[i], many), single.params, atol=1e-5)
+    assert not np.allclose(
+        jax.tree.leaves(singles[0].params)[-1], jax.tree.leaves(singles[1].params)[-1], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", list(PEERS))
+def test_settings_to_try_fill_their_ranges(name):
+    peer = PEERS[name]
+    settings = tuning.settings_to_try(peer, 12, seed=3)
+    assert settings == tuning.settings_to_try(peer, 12, seed=3)
+    assert len({tuple(one.values()) for one in settings}) == 12
+    for knob, (low, high) in {"learning_rate": peer.learning_rate, **peer.knobs}.items():
+        values = np.array([one[knob] for one in settings])
+        assert np.all((values >= low * 0.999) & (values <= high * 1.001))
+        assert np.sum(values < np.sqrt(low * high)) in (5, 6, 7), "log-uniform"
+
+
+def test_blind_score_by_hand():
+    original = {"UA": 1.0, "RA": 99.0, "VA": 90.0, "TA": 0.0}
+    scores = {"UA": 14.0, "RA": 97.0, "VA": 89.0, "TA": 0.0}
+    assert tuning.blind_score(scores, original, whole_class=False) == 2 + 1 + abs(86 - 90)
+    forgotten = {"UA": 100.0, "RA": 90.0, "VA": 80.0, "TA": 0.0}
+    better = forgotten | {"RA": 95.0}
+    nearly = better | {"UA": 99.0, "RA": 100.0}
+    hardly = nearly | {"UA": 10.0}
+    ranked = [
+        tuning.blind_score(one, original, whole_class=True) for one in (better, forgotten, nearly, hardly)
+    ]
+    assert ranked == sorted(ranked)
+    assert len(set(ranked)) == 4
+    assert tuning.blind_score(scores | {"RA": float("nan")}, original, whole_class=False) == float("inf")
+    unseen = scores | {"TA": 50.0}
+    assert tuning.blind_score(unseen, original, whole_class=False) == 7, "the test set is not looked at"
+
+
+def test_records_survive_being_killed(tmp_path):
+    path = tmp_path / "records.jsonl"
+    with bench.open_records(path) as records:
+        assert records.get(("run", "a"), lambda: {"x": 1.5})["x"] == 1.5
+        records.get(("run", "b"), lambda: {"x": float("nan")})
+    path.write_text(path.read_text() + '{"key": ["run", "c"], "x"')
+    assert [record["key"][1] for record in bench.of_kind(bench.read_records(path), "run")] == ["a", "b"]
+    with bench.open_records(path) as records:
+        assert records.get(("run", "a"), pytest.fail) == {"key": ["run", "a"], "x": 1.5}
+        assert records.get(("run", "c"), lambda: {"x": 2})["x"] == 2
+    assert len(path.read_text().splitlines()) == 3
+    assert list(bench.read_records(path)) == [("run", "a"), ("run", "b"), ("run", "c")]
+
+
+def test_two_processes_cannot_write_one_study(tmp_path):
+    path = tmp_path / "records.jsonl"
+    with (
+        bench.open_records(path),
+        pytest.raises(ValueError, match="another process"),
+        bench.open_records(path),
+    ):
+        pass
+    with bench.open_records(path):
+        pass
+
+
+def test_damaged_records_are_named(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"key": ["run", "a"]}\nnonsense\n')
+    with pytest.raises(ValueError, match=r"records\.jsonl: line 2 is damaged"):
+        bench.read_records(path)
+
+
+def test_front_and_hypervolume_by_hand():
+    points = np.array([[10.0, 90.0], [50.0, 60.0], [40.0, 50.0], [90.0, 20.0], [50.0, 10.0]])
+    np.testing.assert_array_equal(plots.front(points), [[90, 20], [50, 60], [10, 90]])
+    assert plots.hypervolume(points, 100) == pytest.approx((90 * 20 + 50 * 40 + 10 * 30) / 1e4)
+    assert plots.hypervolume(points, 60) == pytest.approx((60 * 20 + 50 * 40 + 10 * 30) / 6e3)
+    assert plots.hypervolume(np.array([[np.nan, 1.0]]), 100) == 0
+    assert plots.hypervolume(points, 0) == 0
+    rng = np.random.default_rng(0)
+    points, samples = rng.uniform(0, 100, (20, 2)), rng.uniform(0, 100, (100_000, 2)) * [0.7, 1]
+    dominated = np.any(np.all(samples[:, None] <= points[None], -1), -1).mean()
+    assert plots.hypervolume(points, 70) == pytest.approx(dominated, abs=0.01)
+
+
+def test_mean_and_std_over_seeds():
+    """Unlearning seeds are averaged within their training seed; a diverged run leaves no mean."""
+    frame = pd.DataFrame(
+        {
+            "method": ["b", "b", "b", "a", "a", "c"],
+            "training_seed": [0, 0, 1, 0, 1, 0],
+            "x": [1.0, 3.0, 4.0, 5.0, np.nan, 7.0],
+        }
+    )
+    table = report.mean_and_std(frame, {"x": 1})
+    assert list(table.index) == ["b", "a", "c"]
+    assert list(table["x"]) == ["3.0 ± 1.4", "-", "7.0"]
+
+
+def test_provenance_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert report.session()["commit"] == "unknown"
+
+
+def test_run_folders_never_collide(tmp_path):
+    assert len({report.new_run_dir(tmp_path, "x") for _ in range(5)}) == 5
+
+
+def test_what_is_not_finite_is_null_in_json():
+    assert report.plain({"a": [float("nan"), 1.0], "b": (pathlib.Path("x"),)}) == {
+        "a": [None, 1.0],
+        "b": ["x"],
+    }
+
+
+# The tests that use it share one worker, so that it is made once.
+of_one_study = pytest.mark.xdist_group("study")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole tiny study, and its folder."""
+    path = report.start_run(tmp_path_factory.mktemp("runs"), "classification-tiny", TINY)
+    parts = []
+    made = bench.make_bench(TINY)
+    study.run(made, path, lambda what, part: parts.append(part))
+    return made, path, sum(parts)
+
+
+@of_one_study
+def test_a_study_reports_everything_it_should(finished):
+    made, path, work = finished
+    assert work == pytest.approx(study.amount_of_work(TINY))
+    study_report.write_report("Tiny", path, made)
+    runs = report.read_csv(path / "runs.csv")
+    references = {"Original", "Retrain", report.OTHER_SEED}
+    tuning = runs["training_seed"] == TINY.tuning_seed
+    assert set(runs[tuning]["method"]) == references, "the tuning model is not reported"
+    runs = runs[~tuning]
+    names = {*TINY.methods, *references, "constant at EUPMU lagged"}
+    assert set(runs["method"]) == names
+    assert len(runs) == 2 * len(names)
+    assert np.all(runs.loc[runs["method"] == report.OTHER_SEED, "gap"] > 0)
+    assert np.all(runs.loc[runs["method"].isin(TINY.methods), "knob learning_rate"] > 0)
+    of_retrain = runs[runs["method"] == "Retrain"]
+    assert np.all(of_retrain["gap"] == 0)
+    assert np.all(of_retrain["ToW"] == 1)
+    np.testing.assert_allclose(of_retrain[["KL forget", "KL retain", "KL test"]], 0, atol=1e-12)
+    for name in ("UA", "RA", "TA", "MIA", "MIA entropy", "worst class"):
+        assert np.all(runs[name].between(0, 100)), name
+    trials = report.read_csv(path / "trials.csv")
+    assert np.all(trials.groupby(["task", "method"]).size() == TINY.trials)
+    chosen = trials[trials["chosen"]]
+    assert len(chosen) == 2 * len(TINY.methods)
+    assert np.all(chosen["score"].to_numpy() == trials.groupby(["task", "method"], sort=False)["score"].min())
+    origin = json.loads((path / "runs.csv").read_text().splitlines()[0].removeprefix("# "))
+    assert origin["config"]["training"]["epochs"] == RECIPE.epochs
+    assert {"name", "sessions", "steps", "sizes"} <= origin.keys()
+    assert {"versions", "device", "commit", "date"} <= origin["sessions"][0].keys()
+    results = json.loads((path / "results.json").read_text())
+    assert len(results["runs"]) == len(runs) + tuning.sum()
+    page = (path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 6
+    assert "http" not in page.replace("data:image", ""), "it is read offline"
+    for text in (page, (path / "tables.md").read_text()):
+        for word in ("U-LiRA", "Relearning", "Hypervolume", "fixed point", "gradients per step", "versions"):
+            assert word in text
+
+
+@of_one_study
+def test_the_likelihood_ratio_attack_knows_original_from_retrain(finished):
+    _, path, _ = finished
+    records = bench.of_kind(bench.read_records(path / "records.jsonl"), "likelihood ratio")
+    found = {record["key"][2]: record for record in records}
+    assert list(found) == ["Original", "Retrain", *TINY.methods]
+    figures = {name: (record["auc"], record["accuracy"]) for name, record in found.items()}
+    assert len(set(figures.values())) == len(figures), "every ensemble is its own"
+    assert found["Original"]["auc"] > found["Retrain"]["auc"]
+    assert abs(found["Retrain"]["auc"] - 0.5) < 0.25  # three shadows, 30 examples
+
+
+@of_one_study
+def test_gradient_evaluations(finished):
+    made, _, _ = finished
+    gradients = lambda method: scores.step_cost(made, method)["gradients"]
+    assert gradients("fine-tuning") == pytest.approx(0.5, abs=0.05)
+    assert gradients("random labels") == pytest.approx(1, abs=0.05)
+    assert 1.1 < gradients("EUPMU lookahead") < 1.4
+    assert gradients("FAMO") > gradients("EUPMU lookahead")
+
+
+@of_one_study
+def test_an_interrupted_study_ends_like_an_uninterrupted_one(finished, tmp_path):
+    made, whole, _ = finished
+    folder = report.start_run(tmp_path, "classification-tiny", TINY)
+
+    def stop_in_the_middle(what, part):
+        if what.startswith("random:0.1: SalUn"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study.run(made, folder, stop_in_the_middle)
+    path = folder / "records.jsonl"
+    half = path.read_text()
+    assert 0 < len(half.splitlines()) < len((whole / "records.jsonl").read_text().splitlines())
+    path.write_text(half + '{"key": ["ru')
+    study.run(bench.make_bench(TINY), folder, lambda what, part: None)
+    (first,) = report.read_origin(folder)["sessions"]
+    report.write_origin(folder, report.read_origin(folder) | {"sessions": [first | {"commit": "other"}]})
+    report.note_session(folder)
+    assert len(report.read_origin(folder)["sessions"]) == 2, "other code was noted"
+    resumed, expected = (bench.read_records(run / "records.jsonl") for run in (folder, whole))
+    assert resumed.keys() == expected.keys()
+    for key, record in expected.items():
+        if key[0] != "cost":
+            numbers = [name for name, value in record.items() if isinstance(value, float)]
+            names = [name for name in numbers if name != "seconds"]
+            assert_trees_close([resumed[key][n] for n in names], [record[n] for n in names], rtol=1e-6)
+    assert path.read_text().startswith(half), "nothing was done twice"
+
+
+def test_configs_survive_json():
+    for config in CONFIGS.values():
+        values = json.loads(json.dumps(report.plain(dataclasses.asdict(config))))
+        assert classification.restored(values) == config
+
+
+def test_command_line(tmp_path):
+    runs = ["--runs-dir", str(tmp_path)]
+    given = ["--smoke", "--trials", "3", "--training.epochs", "5", *runs]
+    config, name, path = classification.chosen(given)
+    assert (config.trials, config.training.epochs, name, path) == (3, 5, "smoke", None)
+    path = report.start_run(tmp_path, "classification-smoke", config)
+    assert classification.chosen(["--resume", str(path)])[::2] == (config, path)
+    chosen = classification.chosen(["--config", "cifar100", *runs])[0]
+    assert chosen == dataclasses.replace(CONFIGS["cifar100"], runs_dir=tmp_path)
+    for option in (["--trials", "3"], ["--config", "digits"]):
+        with pytest.raises(ValueError, match="leave the other options out"):
+            classification.chosen(["--resume", str(path), *option])
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        classification.chosen(["--resume", str(tmp_path)])
+    (path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="not the description of a run"):
+        classification.chosen(["--resume", str(path)])
+    other = report.start_run(tmp_path, "knobs", config)
+    with pytest.raises(ValueError, match="a run of knobs, not of classification"):
+        classification.chosen(["--resume", str(other)])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"trials": 0}, "trials"),
+        ({"batch_size": 1}, "batch_size"),
+        ({"unlearning_epochs": 0}, "unlearning_epochs"),
+        ({"shadows": 2}, "shadows"),
+        ({"relearning_steps": 25}, "relearning_steps"),
+        ({"relearning_examples": 0}, "relearning_examples"),
+        ({"tasks": ()}, "tasks"),
+        ({"tasks": ("class:1", "class:1")}, "tasks"),
+        ({"methods": ()}, "methods"),
+        ({"methods": ("magic",)}, "methods: unknown"),
+        ({"training_seeds": ()}, "training_seeds"),
+        ({"tuning_seed": 0}, "tuning_seed"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(change, named):
+    with pytest.raises(ValueError, match=named):
+        check(dataclasses.replace(TINY, **change), PEERS)
+
+
+@of_one_study
+def test_trials_of_other_settings_are_not_reused(finished, tmp_path):
+    made, whole, _ = finished
+    folder = report.start_run(tmp_path, "classification-tiny", TINY)
+    text = (whole / "records.jsonl").read_text()
+    changed = text.replace('"knobs": {"learning_rate": ', '"knobs": {"learning_rate": 1')
+    (folder / "records.jsonl").write_text(changed)
+    with pytest.raises(ValueError, match="made by other code"):
+        study.run(made, folder, lambda what, part: None)
+
+
+def test_help_teaches():
+    command = [sys.executable, "-m", "experiments.classification", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    for word in ("--resume", "fashion-mnist", "cifar10", "--smoke", "memorised:SHARE", "--trials"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "cifar10"], "--data-dir"),
+        (["--smoke", "--tasks", "class:99"], "class:99"),
+        (["--smoke", "--train-size", "100000"], "train_size"),
+    ],
+)
+def test_a_command_that_cannot_work_says_so(arguments, message, tmp_path):
+    with pytest.raises((ValueError, OSError), match=message):
+        classification.main([*arguments, "--runs-dir", str(tmp_path), "--training.epochs", "1"])
+    assert arguments[0] == "--smoke" or not list(tmp_path.iterdir()), "no folder for nothing"
+
+
+def test_quickstart(tmp_path, monkeypatch, capsys):
+    sizes = {"train_size": None, "validation_size": 360, "test_size": None}
+    longer = dataclasses.replace(RECIPE, epochs=15)
+    monkeypatch.setitem(CONFIGS, "digits", dataclasses.replace(TINY, training=longer, **sizes))
+    quickstart.main(quickstart.Config(runs_dir=tmp_path))
+    (path,) = tmp_path.iterdir()
+    printed = capsys.readouterr().out
+    assert path.name in printed.replace("\n", "")
+    assert "hardly forgets" in printed.replace("\n", " "), "what digits cannot show"
+    assert "seconds" in printed
+    runs = report.read_csv(path / "runs.csv")
+    assert list(runs["method"].unique()) == ["Retrain", "Original", *quickstart.entries(quickstart.Config())]
+    assert "demand" in (path / "runs.csv").read_text().splitlines()[0], "the quickstart's own settings"
+    assert set(runs["task"]) == {"class:3", "random:0.1"}
+    for file in ("report.html", "tables.md", "front.png", "histories.png", "classes.png"):
+        assert (path / file).stat().st_size > 1000

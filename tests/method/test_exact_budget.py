@@ -1,0 +1,90 @@
+"""Exact surgery under a budget."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_budget import C32, drive
+
+import eupmu_jax as eu
+from eupmu_jax.method.budget import MEASURING_STEPS, TARGET
+
+
+def run_exact(tx, losses_fn, x, steps):
+    """`explicit_surgery` in a chain, for so many steps: (x, state), and x after each."""
+    grads_fn = eu.forget_and_retain_grads(losses_fn)
+
+    def step(carry, _):
+        x, state = carry
+        losses, forget_grads, retain_grads = grads_fn(x, ())
+        updates, state = tx.update(forget_grads, state, x, retain_grads=retain_grads, losses=losses)
+        x = optax.apply_updates(x, updates)
+        return (x, state), x
+
+    return jax.lax.scan(step, (x, tx.init(x)), length=steps)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.03])
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_exact_surgery_ends_where_eupmu_does(rate, momentum):
+    """One and three budgets, closed loop around the projection: the KKT point of both."""
+    budgets = jnp.array([0.1, 0.2, 0.15])
+    for retain, budget in ((lambda x: jnp.sum(x**2), 0.1), (lambda x: x**2, budgets)):
+        losses_fn = lambda x, batch, retain=retain: eu.Losses(jnp.sum((x - C32) ** 2), retain(x))
+        settings = {"budget": budget, "retain_baseline": 0.0}
+        inner = optax.sgd(rate, momentum=momentum)
+        exact = optax.chain(eu.explicit_surgery(**settings), inner)
+        (x, state), _ = run_exact(exact, losses_fn, jnp.zeros(3), 3000)
+        np.testing.assert_allclose(retain(x) / budget, TARGET, rtol=2e-3)
+        tx = eu.eupmu(losses_fn, inner, initial_multiplier=jnp.ones(jnp.shape(budget)), **settings)
+        (same, _), _ = drive(tx, retain, jnp.zeros(3), steps=3000)
+        np.testing.assert_allclose(x, same, rtol=2e-3, atol=1e-4)
+        assert not np.any(eu.surgery_info(state).infeasible)
+
+
+def test_exact_surgery_measures_its_baseline_and_skips_bad_steps():
+    losses_fn = lambda x, batch: eu.Losses(jnp.sum((x - C32) ** 2), 0.7 + jnp.sum(x**2))
+    tx = eu.explicit_surgery(budget=0.1)
+    (x, state), path = run_exact(optax.chain(tx, optax.sgd(0.01)), losses_fn, jnp.zeros(3), 12)
+    assert not np.any(path[: MEASURING_STEPS - 1])
+    assert np.all(x != 0)
+    np.testing.assert_allclose(state[0].dual_state.baseline, 0.7, rtol=1e-6)
+    losses, forget_grads, retain_grads = eu.forget_and_retain_grads(losses_fn)(x, ())
+    bad = losses._replace(retain=jnp.nan * losses.retain)
+    updates, skipped = tx.update(forget_grads, state[0], x, retain_grads=retain_grads, losses=bad)
+    assert not np.any(updates)
+    chex.assert_trees_all_equal(skipped, state[0]._replace(skipped_steps=state[0].skipped_steps + 1))
+    with pytest.raises(TypeError, match="losses="):
+        tx.update(forget_grads, state[0], x, retain_grads=retain_grads)
+    three = losses._replace(retain=jnp.ones(3))
+    with pytest.raises(ValueError, match="budget must have the shape"):
+        tx.update(forget_grads, state[0], x, retain_grads=retain_grads, losses=three)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"budget": 0.0}, "budget must be > 0"),
+        ({"budget": 0.1, "tolerance": 0.1}, "budget cannot be combined with a tolerance"),
+        ({"retain_baseline": 0.1}, "give budget="),
+        ({"budget": 0.1, "retain_baseline": jnp.nan}, "retain_baseline must be finite"),
+    ],
+)
+def test_exact_surgery_refuses_what_eupmu_refuses(settings, match):
+    with pytest.raises(ValueError, match=match):
+        eu.explicit_surgery(**settings)
+
+
+def test_the_projection_is_batched():
+    """vmap over problems solves each one's programme as alone."""
+    rng = np.random.default_rng(0)
+    forget, retain = rng.normal(size=(16, 7)), rng.normal(size=(16, 4, 7))
+    slack = jnp.asarray(0.1 * rng.normal(size=(16, 4)), jnp.float32)
+    inputs = (jnp.asarray(forget, jnp.float32), jnp.asarray(retain, jnp.float32), slack)
+    directions, multipliers = jax.jit(jax.vmap(eu.unilateral_projection))(*inputs)
+    for i in range(16):
+        direction, multiplier = eu.unilateral_projection(*(leaf[i] for leaf in inputs))
+        np.testing.assert_allclose(directions[i], direction, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(multipliers[i], multiplier, rtol=1e-4, atol=1e-5)
