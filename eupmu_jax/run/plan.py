@@ -1,7 +1,7 @@
 """What a run is asked to do: how long, in what batches, with which functions."""
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ def planned(
 ) -> tuple[Plan, RetainSets]:
     """The plan, and the retain sets with the rows of a batch of each."""
     check_whole(seed, "seed", least=0)
-    sizes = tuple(batch_size) if isinstance(batch_size, tuple | list) else (batch_size, batch_size)
+    sizes: Any = batch_size if isinstance(batch_size, tuple | list) else (batch_size, batch_size)
     if len(sizes) != 2:
         raise ValueError(
             f"batch_size must be a number, or two of the forget and the retain batch, got {batch_size!r}"

@@ -20,8 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import eupmu_jax as eu
-from eupmu_jax.run import batches
-from eupmu_jax.run import ledger, loop
+from eupmu_jax.run import batches, ledger, loop
 
 RNG = np.random.default_rng(0)
 FORGET = {"x": RNG.normal(size=(40, 3)).astype(np.float32), "y": RNG.integers(0, 2, 40)}
