@@ -1,7 +1,7 @@
 """What is Flax-specific: a Linen TrainState that hands extra arguments on, and NNX filters for `unlearn`.
 
-The transformations need nothing for NNX: ``nnx.Optimizer.update(model, grads, **extra_args)`` forwards them (``grads`` may
-be None for `eupmu`), and ``multiplier(nnx.as_pure(optimizer.opt_state))`` reads its state.
+The transformations need nothing for NNX: ``nnx.Optimizer.update(model, grads, **extra_args)`` forwards
+extra arguments (``grads`` may be None for `eupmu`), and ``multiplier(nnx.as_pure(optimizer.opt_state))`` reads its state.
 """
 
 from collections.abc import Callable, Mapping
@@ -83,7 +83,9 @@ def trainable(params: nnx.State, *filters: Any) -> Callable[[str], bool]:
     Example:
       >>> from flax import nnx
       >>> from eupmu_jax.flax import trainable
-      >>> params = nnx.state(nnx.LoRA(4, 2, 4, base_module=nnx.Linear(4, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)))
+      >>> rngs = nnx.Rngs(0)
+      >>> base = nnx.Linear(4, 4, rngs=rngs)
+      >>> params = nnx.state(nnx.LoRA(4, 2, 4, base_module=base, rngs=rngs))
       >>> is_trained = trainable(params, nnx.LoRAParam)
       >>> is_trained("lora_a.value"), is_trained("base_module.kernel.value")
       (True, False)

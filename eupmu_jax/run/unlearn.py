@@ -83,7 +83,8 @@ def unlearn(
     same parameters to the bit. Needs the extra "run" for that folder and for the progress bar.
 
     In memory are, beside the given params, one copy of the trained leaves, the optimiser's state, and with
-    ``score`` one more copy, the best so far; of the frozen leaves there is no copy.
+    ``score`` one more copy, the best so far; of the frozen leaves there is no copy. A checkpoint that is
+    being written has a copy in the host's memory.
 
     Args:
       losses_fn: pure function (params, batch) -> `Losses`; batch is a dict of "forget" and "retain", rows

@@ -70,9 +70,8 @@ def test_the_base_is_not_a_constant_of_the_program():
         seen.append(isinstance(params["base"]["kernel"], jax.core.Tracer))
         return losses_fn(params, batch)
 
-    eu.unlearn(
-        fn, params, FORGET, RETAIN, optax.sgd(0.1), BUDGET, steps=2, batch_size=8, trainable=is_adapter
-    )
+    few = {"steps": 2, "batch_size": 8}
+    eu.unlearn(fn, params, FORGET, RETAIN, optax.sgd(0.1), BUDGET, trainable=is_adapter, **few)
     assert all(seen)
 
 
@@ -82,7 +81,7 @@ def copies(shape):
 
 
 @pytest.mark.parametrize("scored", [False, True], ids=["last", "best"])
-def test_copies_in_memory(scored, tmp_path):
+def test_copies_in_memory(scored):
     """One of the base; of what is trained the caller's, the run's, Adam's two, and with a score the best."""
     params, counted, before = adapted(), [], copies(SHAPE)
     trained_before = copies((64, 2))
@@ -91,11 +90,9 @@ def test_copies_in_memory(scored, tmp_path):
         every=4,
         score=(lambda metrics: metrics["step"]) if scored else None,
         callbacks=[lambda params, metrics: counted.append((copies(SHAPE), copies((64, 2))))],
-        folder=tmp_path,
     )
     assert {base - before for base, _ in counted} == {0}
-    # While the first evaluation of a score is copied the new best and the old one are both there.
-    assert max(trained - trained_before for _, trained in counted) == 3 + scored
+    assert {trained - trained_before for _, trained in counted} == {3 + scored}
 
 
 def test_copies_of_a_whole_model():
@@ -123,7 +120,7 @@ def test_a_folder_holds_the_adapter_and_the_checksum_of_the_base(tmp_path):
     np.testing.assert_array_equal(saved["lora.b"], got["lora"]["b"])
     described = json.loads((tmp_path / "run.json").read_text())
     assert "crc32 of frozen params" in described
-    assert not any("base" in name for name in described["checkpoint"])
+    assert not any("kernel" in name for name in described["checkpoint"])
     size = sum(file.stat().st_size for file in (tmp_path / "checkpoints").rglob("*") if file.is_file())
     assert size < 4 * np.prod(SHAPE), "smaller than the base"
     other = params | {"base": {"kernel": params["base"]["kernel"] + 1}}
