@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import os
 import pathlib
-import sys
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from eupmu_jax.method.state import surgery_info
 from eupmu_jax.run import batches
 from eupmu_jax.run.batches import check_numeric, described
 from eupmu_jax.run.folder import Folder, by_path, read_description
+from eupmu_jax.run.progress import progress_bar
 
 # A chunk is one compiled scan: long enough to keep the host out of the way, short enough to hold its batches.
 CHUNK_STEPS, CHUNK_BYTES = 100, 2**26
@@ -482,25 +482,3 @@ def checksum(tree: Any) -> int:
     for leaf in jax.tree.leaves(tree):
         total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), total)
     return total
-
-
-@contextlib.contextmanager
-def progress_bar(steps: int):
-    """show(done, seen): a live bar in a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda done, seen: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    text = TextColumn("{task.fields[losses]}")
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), text)
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=steps, losses="")
-
-        def show(done: int, seen: dict[str, np.ndarray]) -> None:
-            names = ("forget_loss", "retain_loss", "violation", "multiplier")
-            losses = "  ".join(f"{name} {np.max(seen[name][done - 1]):.4g}" for name in names)
-            bar.update(task, completed=done, losses=losses)
-
-        yield show
