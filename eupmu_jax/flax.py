@@ -21,7 +21,7 @@ class TrainState(train_state.TrainState):
       >>> import eupmu_jax as eu
       >>> from eupmu_jax.flax import TrainState
       >>> losses_fn = lambda params, batch: eu.Losses((params["w"] - 1) ** 2, (params["w"] - batch) ** 2)
-      >>> tx = eu.eupmu(losses_fn, optax.sgd(0.1))
+      >>> tx = eu.eupmu(losses_fn, optax.sgd(0.1), eu.Tolerance(0.01))
       >>> state = TrainState.create(apply_fn=None, params={"w": jnp.array(0.5)}, tx=tx)
       >>> state = state.apply_gradients(extra_args={"batch": jnp.array(0.0)})
       >>> int(state.step), float(eu.surgery_info(state.opt_state).retain_loss)

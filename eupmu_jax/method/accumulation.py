@@ -34,8 +34,8 @@ def accumulated(losses_fn: LossesFn) -> LossesFn:
       A function (params, batch) -> `Losses` of `Mean`. Every leaf of batch has the shape [N, ...]; on a
       mesh shard the second axis and leave the first whole. For `unlearn`, whose batches are flat,
       reshape inside: ``lambda params, batch: accumulated(losses_fn)(params, {k: batch[k].reshape(N, -1,
-      *batch[k].shape[1:]) for k in ("forget", "retain")})``, and give it a retain_baseline or a retain set of
-      whole batches.
+      *batch[k].shape[1:]) for k in ("forget", "retain")})``, and give the budget a baseline or take a retain
+      set of whole batches.
 
     Raises:
       TypeError: losses_fn is no function, or returns something else than Losses.
@@ -45,14 +45,12 @@ def accumulated(losses_fn: LossesFn) -> LossesFn:
       >>> import jax, jax.numpy as jnp, optax
       >>> import eupmu_jax as eu
       >>> losses_fn = lambda x, batch: eu.Losses(jnp.mean((x - batch) ** 2), jnp.mean((x + batch) ** 2))
-      >>> tx = eu.eupmu(eu.accumulated(losses_fn), optax.sgd(0.1))
+      >>> tx = eu.eupmu(eu.accumulated(losses_fn), optax.sgd(0.1), eu.Tolerance(0.01))
       >>> batch, x = jnp.arange(6.0).reshape(3, 2), jnp.array(1.0)  # three micro-batches of two
       >>> updates, state = tx.update(None, tx.init(x), x, batch=batch)
       >>> undivided, seen = losses_fn(x, batch.ravel()), eu.surgery_info(state)
       >>> round(float(undivided.forget), 4), round(float(seen.forget_loss), 4)
       (5.1667, 5.1667)
-
-    Source: ours.
     """
     check_losses_fn(losses_fn)
 

@@ -1,19 +1,22 @@
 """The controller that spends a total budget: PID on log(multiplier), beside what is left to forget."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from eupmu_jax.method.losses import Losses
+from eupmu_jax.method.state import SurgeryState
+from eupmu_jax.method.types import Numbers
 
 # In shares of the budget, the retain loss answers log(multiplier) with a gain near -1 whatever the model,
-# the losses and the learning rate, so that one setting serves all (derived in experiments/README.md).
+# the losses and the learning rate, so that one setting serves all (derived in
+# experiments/budget/convergence.md).
 PROPORTIONAL, INTEGRAL, DERIVATIVE = 3.0, 0.1, 10.0
 SMOOTHING = 0.8
 # The multiplier that holds R falls as what is left to forget does: this power of it, without waiting for R to
 # tell. Near the least of a quadratic U a power above 1/2 would feed back on itself.
-FORGET, FORGOTTEN = 0.5, 0.01
+FORESIGHT_POWER, LEAST_LEFT = 0.5, 0.01
 # The gains hold for observations whose noise is below this share of the budget; noisier ones lower them.
 NOISE = 0.25
 NOISE_MEMORY = 20
@@ -27,9 +30,16 @@ STRAINED_STEPS, STRAINED = 50, 5.0
 
 
 class BudgetState(NamedTuple):
-    """O(K) scalars: R_0 and U_0, what the observed losses say, the integral term, and how long R resisted.
+    """O(K) scalars: where the run started, what the losses said, and the controller's memory.
 
-    `noise` is the variance of one observation, from successive differences.
+    Attributes:
+      baseline, forget_baseline: R_0 and U_0.
+      forget, smoothed: moving averages of U and R.
+      last: the last observed R, for the noise.
+      noise: the variance of one observation of R, from successive differences.
+      integral: I_t.
+      strained_steps: how many more steps R resisted than it did not.
+      steps: observations so far; negative while R_0 is being measured.
     """
 
     baseline: jax.Array
@@ -43,10 +53,10 @@ class BudgetState(NamedTuple):
     steps: jax.Array
 
 
-def init(multiplier: jax.Array, retain_baseline: Any) -> BudgetState:
+def init(multiplier: jax.Array, baseline: Numbers | None) -> BudgetState:
     """R_0 as it was given, or to be measured while `steps` counts up to 0."""
     zeros = lambda: jnp.zeros_like(multiplier)
-    known = zeros() if retain_baseline is None else jnp.asarray(retain_baseline, multiplier.dtype)
+    known = zeros() if baseline is None else jnp.asarray(baseline, multiplier.dtype)
     return BudgetState(
         baseline=known + zeros(),
         forget_baseline=jnp.zeros([], multiplier.dtype),
@@ -56,7 +66,7 @@ def init(multiplier: jax.Array, retain_baseline: Any) -> BudgetState:
         noise=zeros(),
         integral=zeros(),
         strained_steps=jnp.zeros(multiplier.shape, jnp.int32),
-        steps=jnp.asarray(-MEASURING_STEPS if retain_baseline is None else 0, jnp.int32),
+        steps=jnp.asarray(-MEASURING_STEPS if baseline is None else 0, jnp.int32),
     )
 
 
@@ -81,46 +91,84 @@ def control(
     in [-1, 4] and x_t in [lowest, 8], by stopping the integral there. I_0 = 2.85 is what makes x = 0
     at R_0, and x_0 = 0 whatever the first batch shows. A rise counts as 20 budgets at most, in a
     difference 4, so that an outlier is soon forgotten.
-
-    Source: ours.
     """
-    retain_loss, forget_loss = losses.retain, losses.forget
     measuring, first = state.steps < 0, state.steps == 0
-    count = (state.steps + MEASURING_STEPS + 1).astype(retain_loss.dtype)
-    baseline = jnp.where(measuring, state.baseline + (retain_loss - state.baseline) / count, state.baseline)
+    baseline = measured_baseline(state, losses.retain)
+    seen = observed(state, losses.retain, baseline, budget)
+    gain = noise_gain(seen.noise, budget)
 
-    retain_loss = jnp.minimum(retain_loss, baseline + OUTLIER * budget)
-    last = jnp.where(first, retain_loss, state.last)
-    change = jnp.clip((retain_loss - last) / budget, -FAR_ABOVE, FAR_ABOVE) * budget
-    share = 1 / jnp.clip(state.steps, 1, NOISE_MEMORY).astype(retain_loss.dtype)
-    noise = state.noise + share * (change**2 / 2 - state.noise)
-    before = jnp.where(first, baseline, state.smoothed)
-    smoothed = before + (1 - SMOOTHING) * (retain_loss - before)
-    gain = NOISE * budget / jnp.sqrt(jnp.maximum(noise, (NOISE * budget) ** 2))
-
-    error = jnp.clip((smoothed - baseline) / budget - TARGET, -1, FAR_ABOVE)
-    reaction = gain * (PROPORTIONAL * error + DERIVATIVE * (smoothed - before) / budget)
+    error = jnp.clip((seen.smoothed - baseline) / budget - TARGET, -1, FAR_ABOVE)
+    # R answers the multiplier late, the later the lower the rate: the rise of the moving average tells where
+    # R is heading, and without it the loop swings around the budget.
+    rise = (seen.smoothed - seen.before) / budget
+    reaction = gain * (PROPORTIONAL * error + DERIVATIVE * rise)
     # From x = 0 at R_0: what the first batch adds to that is noise, not to be remembered.
     integral = jnp.where(first, PROPORTIONAL * TARGET, state.integral + INTEGRAL * gain * error)
+    # An integral that went on while the exponent is at its end would have to come all the way back (wind-up).
     integral = jnp.clip(integral, lowest - reaction, HIGHEST - reaction)
     exponent = reaction + integral
 
-    strained = (exponent > STRAINED) & (smoothed > baseline + budget)
-    strained_steps = jnp.clip(state.strained_steps + jnp.where(strained, 1, -1), 0, 2 * STRAINED_STEPS)
     stepped = BudgetState(
         baseline=baseline,
-        forget_baseline=jnp.where(first, forget_loss, state.forget_baseline),
-        forget=jnp.where(first, forget_loss, state.forget + (1 - SMOOTHING) * (forget_loss - state.forget)),
-        last=retain_loss,
-        smoothed=smoothed,
-        noise=noise,
+        forget_baseline=jnp.where(first, losses.forget, state.forget_baseline),
+        forget=jnp.where(first, losses.forget, averaged(state.forget, losses.forget)),
+        last=seen.retain_loss,
+        smoothed=seen.smoothed,
+        noise=seen.noise,
         integral=integral,
-        strained_steps=strained_steps,
+        strained_steps=resisted(state.strained_steps, exponent, seen.smoothed > baseline + budget),
         steps=state.steps + 1,
     )
     waiting = state._replace(baseline=baseline, steps=state.steps + 1)
     stepped = jax.tree.map(lambda new, old: jnp.where(measuring, old, new), stepped, waiting)
     return jnp.where(measuring | first, jnp.zeros_like(exponent), exponent), stepped
+
+
+class Observation(NamedTuple):
+    """R_t without its excess, its moving average before and after, and the variance of one observation."""
+
+    retain_loss: jax.Array
+    before: jax.Array
+    smoothed: jax.Array
+    noise: jax.Array
+
+
+def measured_baseline(state: BudgetState, retain_loss: jax.Array) -> jax.Array:
+    """R_0: the running mean of the first observations where none was given."""
+    count = (state.steps + MEASURING_STEPS + 1).astype(retain_loss.dtype)
+    mean = state.baseline + (retain_loss - state.baseline) / count
+    return jnp.where(state.steps < 0, mean, state.baseline)
+
+
+def observed(
+    state: BudgetState, retain_loss: jax.Array, baseline: jax.Array, budget: jax.Array
+) -> Observation:
+    """R_t and what is known of it, in the loss's units."""
+    first = state.steps == 0
+    retain_loss = jnp.minimum(retain_loss, baseline + OUTLIER * budget)
+    last = jnp.where(first, retain_loss, state.last)
+    # Half the mean square of successive differences is the variance of one observation, even while R drifts.
+    change = jnp.clip((retain_loss - last) / budget, -FAR_ABOVE, FAR_ABOVE) * budget
+    share = 1 / jnp.clip(state.steps, 1, NOISE_MEMORY).astype(retain_loss.dtype)
+    noise = state.noise + share * (change**2 / 2 - state.noise)
+    before = jnp.where(first, baseline, state.smoothed)
+    return Observation(retain_loss, before, averaged(before, retain_loss), noise)
+
+
+def averaged(before: jax.Array, seen: jax.Array) -> jax.Array:
+    """The moving average after one more observation."""
+    return before + (1 - SMOOTHING) * (seen - before)
+
+
+def noise_gain(noise: jax.Array, budget: jax.Array) -> jax.Array:
+    """g_t: at full gain a loop whose batches err by more than a quarter of the budget would follow them."""
+    return NOISE * budget / jnp.sqrt(jnp.maximum(noise, (NOISE * budget) ** 2))
+
+
+def resisted(strained_steps: jax.Array, exponent: jax.Array, is_above: jax.Array) -> jax.Array:
+    """Counts up while R is above the budget although the weight is on it, down otherwise; bounded."""
+    strained = (exponent > STRAINED) & is_above
+    return jnp.clip(strained_steps + jnp.where(strained, 1, -1), 0, 2 * STRAINED_STEPS)
 
 
 def foresight(state: BudgetState) -> jax.Array:
@@ -129,20 +177,19 @@ def foresight(state: BudgetState) -> jax.Array:
     .. math:: \lambda_t = \lambda_0 \sqrt{\bar U_t / U_0}\, e^{x_t}
 
     with U smoothed as R is and the ratio kept in [0.01, 1]; 1 where U_0 <= 0, as in gradient ascent.
-
-    Source: ours.
     """
     baseline = state.forget_baseline
     left = state.forget / jnp.where(baseline > 0, baseline, jnp.ones_like(baseline))
-    return jnp.where(baseline > 0, jnp.clip(left, FORGOTTEN, 1) ** FORGET, jnp.ones_like(left))
+    left = jnp.clip(left, LEAST_LEFT, 1) ** FORESIGHT_POWER
+    return jnp.where(baseline > 0, left, jnp.ones_like(left))
 
 
-def violation(state: BudgetState, budget: jax.Array) -> jax.Array:
-    """Smoothed R_t - R_0 - budget, in the loss's units; 0 before the first observation."""
-    signed = state.smoothed - state.baseline - budget
-    return jnp.where(state.steps > 0, signed, jnp.zeros_like(signed))
-
-
-def looks_infeasible(state: BudgetState) -> jax.Array:
-    """Whether R stayed above the budget with the multiplier at its end; a bool, [] or [K]."""
-    return state.strained_steps >= STRAINED_STEPS
+def followed(state: SurgeryState, controlled: BudgetState, budget: jax.Array) -> SurgeryState:
+    """`state` with what a step of the controller found."""
+    # Signed, in the loss's units; 0 before the first observation.
+    violation = controlled.smoothed - controlled.baseline - budget
+    return state._replace(
+        controller_state=controlled,
+        violation=jnp.where(controlled.steps > 0, violation, jnp.zeros_like(violation)),
+        infeasible=controlled.strained_steps >= STRAINED_STEPS,
+    )

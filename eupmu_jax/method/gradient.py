@@ -8,31 +8,42 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from eupmu_jax.method.losses import Losses, LossesFn, check_losses_fn, totals_and_counts
+from eupmu_jax.method.types import PyTree
 
 AxisName = str | Sequence[str] | None
 
 
 class Linearization(NamedTuple):
-    """The losses at one theta and their derivative there, the same on every device of the axis."""
+    """The losses at one theta and their derivative there, the same on every device of the axis.
+
+    Attributes:
+      losses: (U, R), the means over the whole batch.
+      aux: what else losses_fn returned, each device's own.
+      pull_back: (cotangent, select) -> the gradient of <cotangent, select(losses)>, like params: a backward
+        pass.
+      push_forward: tangent, like params -> the change of the losses along it: a tangent forward pass.
+    """
 
     losses: Losses
-    aux: Any
-    pull_back: Callable[..., Any]
-    push_forward: Callable[[Any], Losses]
+    aux: PyTree
+    pull_back: Callable[..., PyTree]
+    push_forward: Callable[[PyTree], Losses]
 
 
 def linearize(
     losses_fn: Callable[[Any, Any], Any],
-    params: Any,
-    batch: Any,
+    params: PyTree,
+    batch: PyTree,
     axis_name: AxisName = None,
     has_aux: bool = False,
 ) -> Linearization:
-    """Evaluates the losses once and keeps their derivative.
+    r"""Evaluates the losses once and keeps their derivative.
 
-    With an axis, each device differentiates its own shard's share of the losses with respect to its own
-    copy of the parameters and the results are summed: right with and without varying-axes tracking,
-    and the losses are reduced before anything nonlinear is done to them.
+    .. math:: L = \frac{\sum_d t_d(\theta)}{\sum_d n_d}, \qquad
+       \nabla \langle c, L \rangle = \sum_d J_d^\top \frac{c}{\sum_d n_d}
+
+    over the devices d of the axis, with totals t_d, counts n_d and J_d the Jacobian of t_d. The weights c may
+    depend on the losses, for these are reduced before anything nonlinear is done to them.
     """
     check_differentiable(params)
 
@@ -47,20 +58,30 @@ def linearize(
         check_reduced(totals, params, axis_name)
         return varying(totals, axis_name), (counts, aux)
 
+    # Marked as each device's own copy: the transpose of using one copy on all devices is a sum over them, and
+    # JAX would insert it in tracked code (check_vma) but not elsewhere. So no sum is inserted, and ours is
+    # the only one.
     params = varying(params, axis_name)
+    # One forward pass serves both directions: linearize keeps its residuals. jax.vjp could only pull back,
+    # jax.jvp would need the direction before the gradient is there.
     totals, push, (counts, aux) = jax.linearize(local_totals, params, has_aux=True)
     marked = (*varying_axes(totals), *as_axes(axis_name))
     losses, counts = reduce(totals, counts, axis_name)
 
     def push_share(tangent):
+        """What this device adds to the change of the means."""
         return jax.tree.map(jnp.divide, push(tangent), counts)
 
     def pull_back(cotangent, select=lambda losses: losses):
+        # Transposing the share, not push itself, puts the division by the counts into the backward pass of
+        # the one cotangent, and what `select` leaves out is never pulled back.
         pull = jax.linear_transpose(lambda tangent: select(push_share(tangent)), params)
-        return total(pull(varying(cotangent, marked))[0], axis_name)
+        # The cotangent is the same on all devices, the function that it enters is not: tracking wants it
+        # marked.
+        return summed(pull(varying(cotangent, marked))[0], axis_name)
 
     def push_forward(tangent):
-        return total(push_share(varying(tangent, tuple(varying_axes(params)))), axis_name)
+        return summed(push_share(varying(tangent, tuple(varying_axes(params)))), axis_name)
 
     return Linearization(losses, aux, pull_back, push_forward)
 
@@ -69,11 +90,11 @@ def reduce(totals: Losses, counts: Losses, axis_name: AxisName) -> tuple[Losses,
     """The means over the whole axis, from one reduction, and the counts that they were divided by."""
     if axis_name is not None:
         parts, rebuild = ravel_pytree((totals, counts))
-        totals, counts = rebuild(total(varying(parts, axis_name), axis_name))
+        totals, counts = rebuild(summed(varying(parts, axis_name), axis_name))
     return jax.tree.map(jnp.divide, totals, counts), counts
 
 
-def retain_loss(losses_fn: LossesFn, params: Any, batch: Any, axis_name: AxisName = None) -> jax.Array:
+def retain_loss(losses_fn: LossesFn, params: PyTree, batch: PyTree, axis_name: AxisName = None) -> jax.Array:
     """R(params), shape [] or [K]."""
     return reduce(*totals_and_counts(losses_fn(params, batch)), axis_name)[0].retain
 
@@ -126,7 +147,7 @@ def forget_and_retain_grads(losses_fn: LossesFn, axis_name: AxisName = None):
     return grads_fn
 
 
-def check_differentiable(params: Any, name: str = "params") -> None:
+def check_differentiable(params: PyTree, name: str = "params") -> None:
     """TypeError for a leaf that is not real floating point."""
     if params is None:
         raise TypeError(f"{name} is missing")
@@ -140,13 +161,13 @@ def check_differentiable(params: Any, name: str = "params") -> None:
             )
 
 
-def all_finite(tree: Any) -> jax.Array:
+def all_finite(tree: PyTree) -> jax.Array:
     """Whether every element is finite; a bool []."""
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
 
 
-def check_reduced(totals: Losses, params: Any, axis_name: AxisName) -> None:
+def check_reduced(totals: Losses, params: PyTree, axis_name: AxisName) -> None:
     """ValueError where the losses of one device would pass for those of all."""
     if axes := varying_axes(totals) - varying_axes(params):
         raise ValueError(
@@ -163,11 +184,12 @@ def check_reduced(totals: Losses, params: Any, axis_name: AxisName) -> None:
         )
 
 
-def total(tree: Any, axis_name: AxisName) -> Any:
+def summed(tree: PyTree, axis_name: AxisName) -> PyTree:
+    """The sum over the devices of the axis."""
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
-def varying_axes(tree: Any) -> frozenset[str]:
+def varying_axes(tree: PyTree) -> frozenset[str]:
     """The axes of a surrounding shard_map along which a leaf is known to differ."""
     return frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(tree)))
 
@@ -181,7 +203,7 @@ def as_axes(axis_name: AxisName) -> tuple[str, ...]:
     return tuple(axes)
 
 
-def varying(tree: Any, axis_name: AxisName) -> Any:
+def varying(tree: PyTree, axis_name: AxisName) -> PyTree:
     """`tree` with every leaf marked as differing between the devices of the axis."""
     axes = as_axes(axis_name)
 

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from eupmu_jax.method import state as dual_lib
+from eupmu_jax.method.constraints import Constraint
+from eupmu_jax.method.controller import make_controller
 from eupmu_jax.method.gradient import AxisName, all_finite, linearize
-from eupmu_jax.method.losses import LossesFn, check_losses_fn, check_utilities, checked, is_usable, weights
+from eupmu_jax.method.losses import LossesFn, as_means, check_losses_fn, check_utilities
+from eupmu_jax.method.state import SurgeryState, applied, is_sound, select, skipped, surgery_state
 
 
 class ImplicitSurgery(optax.GradientTransformationExtraArgs):
@@ -27,16 +29,7 @@ class ImplicitSurgery(optax.GradientTransformationExtraArgs):
         return (*self, self.value_and_grad)
 
 
-def implicit_surgery(
-    *,
-    tolerance: optax.ScalarOrSchedule = 0.0,
-    dual_optimizer: optax.GradientTransformation | None = None,
-    initial_multiplier: chex.Numeric = 1.0,
-    log_losses: bool | None = None,
-    normalize_weights: bool | None = None,
-    budget: chex.Numeric | None = None,
-    retain_baseline: chex.Numeric | None = None,
-) -> ImplicitSurgery:
+def implicit_surgery(constraint: Constraint, *, initial_multiplier: chex.Numeric = 1.0) -> ImplicitSurgery:
     r"""Implicit gradient surgery as the first link of a chain, for people who own their loop.
 
     The gradient is computed outside, with the multiplier read from the state, and the dual step is
@@ -48,14 +41,15 @@ def implicit_surgery(
       v_t &= r_t(\theta_t) - r_{t-1}(\theta_{t-1}) - \epsilon_{t-1} \\
       \lambda_{t+1} &= \max(0, \mathrm{dual}(\lambda_t, -v_t)) \quad\text{(update; none at } t = 0)
 
-    with r = R (log R where ``log_losses=True``). So the dual step lands one step later than in
-    ``eupmu(measure="lagged")``: what is seen at theta_t weighs the gradient of step t + 1. With a
-    budget likewise.
+    with r = R (log R where the tolerance has ``log_losses=True``). So the dual step lands one step later than
+    in `eupmu` with "lagged": what is seen at theta_t weighs the gradient of step t + 1. With a `Budget`
+    likewise.
 
     Args:
-      tolerance, dual_optimizer, initial_multiplier, log_losses, normalize_weights, budget,
-        retain_baseline: as for `eupmu`. While a baseline is measured the gradients that come out are
-        zero; links after this one run on them, and decoupled weight decay still decays.
+      constraint: a `Budget`, or a `Tolerance` whose measure is "lagged". While a budget's baseline is
+        measured the gradients that come out are zero; links after this one run on them, and
+        decoupled weight decay still decays.
+      initial_multiplier: as for `eupmu`.
 
     Returns:
       A GradientTransformationExtraArgs that passes the gradient on unchanged, with
@@ -65,8 +59,8 @@ def implicit_surgery(
       -> (losses, grads), or -> ((losses, aux), grads) where losses_fn returns (Losses, aux).
       ``state`` is this transformation's, or that of anything wrapped around it; ``axis_name`` is as
       for `eupmu` (losses and grads are averaged over it, aux is not: do that in losses_fn). The
-      losses come back in float32 or wider, grads in the dtypes of params. Both parts depend on
-      log_losses and normalize_weights, so take them from one object (the object returned by
+      losses come back in float32 or wider, grads in the dtypes of params. Both parts depend on the
+      constraint, so take them from one object (the object returned by
       ``optax.inject_hyperparams`` has no value_and_grad: keep a plain one beside it).
 
       Where a loss or gradient is not finite (or a loss <= 0 where its logarithm is needed) the
@@ -78,16 +72,15 @@ def implicit_surgery(
       mini-batch's losses with the mean gradient: `accumulated` computes both of the whole batch.
 
     Raises:
-      TypeError: losses is missing or no Losses; a leaf of params is not floating; dual_optimizer is
-        no transformation.
-      ValueError: settings that `eupmu` refuses; losses whose retain part has not the shape of the
-        multiplier; a state with no surgery in it, or with several.
+      TypeError: no constraint; losses is missing or no Losses; a leaf of params is not floating.
+      ValueError: a measure that looks at the step itself, which is not taken here; losses whose retain part
+        has not the shape of the multiplier; a state with no surgery in it, or with several.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> import eupmu_jax as eu
       >>> losses_fn = lambda x, batch: eu.Losses((x - 2.0) ** 2, (x - batch) ** 2)
-      >>> surgery = eu.implicit_surgery(tolerance=0.01)
+      >>> surgery = eu.implicit_surgery(eu.Tolerance(0.01))
       >>> tx = optax.chain(surgery, optax.clip_by_global_norm(1.0), optax.sgd(1e-2))
       >>> x = jnp.array(1.0)
       >>> state = tx.init(x)
@@ -104,9 +97,16 @@ def implicit_surgery(
     ours.
     """
 
+    controller = make_controller(constraint, initial_multiplier)
+    if controller.observes != "nothing":
+        raise ValueError(
+            f"implicit_surgery does not see the step that is taken, which measure={controller.observes!r} "
+            "looks at: leave the measure out, or use eupmu"
+        )
+
     def init_fn(params):
         del params
-        return dual_lib.init(dual)
+        return controller.init()
 
     def update_fn(updates, state, params=None, *, losses=None, **extra_args):
         del params, extra_args
@@ -114,33 +114,26 @@ def implicit_surgery(
             raise TypeError(
                 "implicit_surgery.update needs losses=..., the Losses that surgery.value_and_grad returned"
             )
-        if not isinstance(state, dual_lib.SurgeryState):
+        if not isinstance(state, SurgeryState):
             raise TypeError(f"state must come from implicit_surgery.init, got {type(state).__name__}")
-        losses = checked(losses, "losses must be")
+        losses = as_means(losses, "losses must be")
         check_utilities(losses, state.multiplier)
-        stepped = dual_lib.accept(dual_lib.ascend_lagged(dual, state, losses), losses)
-        usable = (
-            is_usable(losses, dual.log_losses)
-            & all_finite(updates)
-            & dual_lib.is_sound(stepped, before=state)
-        )
-        moving = usable & ~dual_lib.is_measuring(stepped)
+        stepped = applied(controller.before(state, losses), losses)
+        usable = controller.usable(losses) & all_finite(updates) & is_sound(stepped, before=state)
+        moving = usable & ~controller.holds(stepped)
         updates = jax.tree.map(lambda u: jnp.where(moving, u, jnp.zeros_like(u)), updates)
-        return updates, dual_lib.select(usable, stepped, dual_lib.skip(state))
+        return updates, select(usable, stepped, skipped(state))
 
     def value_and_grad(losses_fn: LossesFn, has_aux: bool = False, axis_name: AxisName = None):
         check_losses_fn(losses_fn)
 
         def value_and_grad_fn(params, batch, state):
-            multiplier = dual_lib.find(state).multiplier
+            multiplier = surgery_state(state).multiplier
             at = linearize(losses_fn, params, batch, axis_name, has_aux)
             check_utilities(at.losses, multiplier)
-            grads = at.pull_back(weights(at.losses, multiplier, dual.log_losses, dual.normalize_weights))
+            grads = at.pull_back(controller.weights(at.losses, multiplier))
             return ((at.losses, at.aux) if has_aux else at.losses), grads
 
         return value_and_grad_fn
 
-    dual = dual_lib.make_dual(
-        tolerance, dual_optimizer, initial_multiplier, log_losses, normalize_weights, budget, retain_baseline
-    )
     return ImplicitSurgery(init_fn, update_fn, value_and_grad)

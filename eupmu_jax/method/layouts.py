@@ -10,12 +10,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from eupmu_jax.method import state as dual_lib
+from eupmu_jax.method.constraints import check_transformation
+from eupmu_jax.method.state import SurgeryInfo, surgery_info, surgery_state
+from eupmu_jax.method.types import PyTree
 
 
 def training_step(
-    tx: optax.GradientTransformation, params: Any, mesh: Mesh | None = None, *, batch_spec: Any = None
-) -> tuple[Callable[..., tuple[Any, Any, dual_lib.SurgeryInfo]], Any, Any]:
+    tx: optax.GradientTransformation, params: PyTree, mesh: Mesh | None = None, *, batch_spec: Any = None
+) -> tuple[Callable[..., tuple[Any, Any, SurgeryInfo]], Any, Any]:
     r"""A compiled step of `eupmu`, and where it starts: the same on a laptop and, with ``mesh``, on a mesh.
 
     .. math:: (\theta_t, s_t, \text{batch}_t) \mapsto (\theta_{t+1}, s_{t+1}, \text{what was seen at } t)
@@ -26,7 +28,7 @@ def training_step(
     this: call the transformation with ``axis_name`` there.)
 
     Args:
-      tx: a transformation whose ``update`` takes ``batch``: ``eupmu(losses_fn, inner, ...)``, alone or
+      tx: a transformation whose ``update`` takes ``batch``: ``eupmu(losses_fn, inner, constraint)``, alone or
         inside a chain.
       params: pytree of floating arrays. Those that already are sharded on the mesh stay so (FSDP,
         tensor parallelism: place them with ``jax.device_put`` first), the others are replicated.
@@ -52,26 +54,24 @@ def training_step(
       >>> import eupmu_jax as eu
       >>> losses_fn = lambda x, batch: eu.Losses(jnp.mean((x - batch) ** 2), jnp.mean((x + batch) ** 2))
       >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-      >>> tx = eu.eupmu(losses_fn, optax.sgd(0.1))
+      >>> tx = eu.eupmu(losses_fn, optax.sgd(0.1), eu.Budget(0.1, baseline=1.0))
       >>> step, x, state = eu.training_step(tx, jnp.array(1.0), mesh)  # without mesh: one device
       >>> x, state, info = step(x, state, jnp.array([0.0, 2.0]))
       >>> float(x), float(info.forget_loss)
       (0.800000011920929, 1.0)
-
-    Source: ours.
     """
-    dual_lib.check_transformation(tx, "tx")
+    check_transformation(tx, "tx")
     if mesh is not None and not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh or None, got {type(mesh).__name__}")
     update: Any = optax.with_extra_args_support(tx).update
 
     def one_step(params, state, batch, extra_args):
         updates, state = update(None, state, params, batch=batch, **extra_args)
-        return optax.apply_updates(params, updates), state, dual_lib.surgery_info(state)
+        return optax.apply_updates(params, updates), state, surgery_info(state)
 
     if mesh is None:
         params, state = owned(params), owned(tx.init(params))
-        dual_lib.find(state)
+        surgery_state(state)
         compiled = jax.jit(one_step, donate_argnums=(0, 1))
         return lambda params, state, batch, **extra: compiled(params, state, batch, extra), params, state
 
@@ -79,7 +79,7 @@ def training_step(
         params = owned(jax.tree.map(lambda leaf: place(leaf, mesh), params))
         # Not under jit, which drops the sharding of what is only shaped like params.
         state = owned(jax.tree.map(lambda leaf: place(leaf, mesh), tx.init(params)))
-    dual_lib.find(state)
+    surgery_state(state)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
     compiled = jax.jit(one_step, donate_argnums=(0, 1), out_shardings=(*shardings, NamedSharding(mesh, P())))
     specs = P(mesh.axis_names[0]) if batch_spec is None else batch_spec
@@ -91,24 +91,24 @@ def training_step(
     return step, params, state
 
 
-def owned(tree: Any) -> Any:
+def owned(tree: PyTree) -> PyTree:
     """A copy: a step takes over what it is given, which must be nobody else's."""
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
 
 
-def is_on(leaf: Any, mesh: Mesh) -> bool:
+def is_on(leaf: PyTree, mesh: Mesh) -> bool:
     sharding = getattr(leaf, "sharding", None)
     return isinstance(sharding, NamedSharding) and np.array_equal(
         np.asarray(sharding.mesh.devices), np.asarray(mesh.devices)
     )
 
 
-def place(leaf: Any, mesh: Mesh) -> jax.Array:
+def place(leaf: PyTree, mesh: Mesh) -> jax.Array:
     """`leaf` as it is sharded on the mesh already, or replicated."""
     return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec if is_on(leaf, mesh) else P()))
 
 
-def split(batch: Any, specs: Any, mesh: Mesh) -> Any:
+def split(batch: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
     """`batch` on the mesh; of several processes each gives its own rows."""
 
     def split_leaf(path, leaf, spec):

@@ -15,14 +15,12 @@ class Mean(NamedTuple):
     over the devices d of an axis_name, in place of the mean of their means. Anywhere else it is
     total / count.
 
-    Args:
+    Attributes:
       total: the sum over this device's examples, floating, shape [], or [K] for a retain loss.
       count: how many those are (or the sum of their weights), real, [] or the shape of total; 0 on a
         device that has none. It is not differentiated.
 
-    Raises:
-      Nothing itself; the functions that receive it raise as for `Losses`. Where no device has any,
-      the mean is NaN and the step is skipped.
+    Where no device has any, the mean is NaN and the step is skipped.
 
     Example:
       >>> import jax.numpy as jnp
@@ -34,8 +32,6 @@ class Mean(NamedTuple):
       >>> losses, _, _ = eu.forget_and_retain_grads(losses_fn)(jnp.array(1.0), batch)
       >>> losses.retain
       Array(2.5, dtype=float32)
-
-    Source: ours.
     """
 
     total: Any
@@ -45,17 +41,13 @@ class Mean(NamedTuple):
 class Losses(NamedTuple):
     r"""The forget loss U and the retain loss R of one batch: what ``losses_fn`` returns.
 
-    Args:
+    Attributes:
       forget: U(theta), a scalar float, minimised in order to forget.
       retain: R(theta), the utility to preserve: a scalar float, or shape [K] for K utilities.
 
     Both are means over the batch, in the loss's own units (nats for a cross-entropy), or `Mean`, a sum
     and a count each. Return them in float32 or wider: a difference of bfloat16 losses has too few
     digits to steer by.
-
-    Raises:
-      Nothing itself; the functions that receive it raise TypeError for what is not floating point
-      and ValueError for other shapes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -74,6 +66,7 @@ class Losses(NamedTuple):
 
 
 LossesFn = Callable[[Any, Any], Losses]
+"""(params, batch) -> Losses; a batch is whatever the function takes."""
 
 
 def check_losses_fn(losses_fn: Any) -> None:
@@ -86,7 +79,7 @@ def accumulation_dtype(*arrays):
     return jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
 
 
-def checked(losses: Any, source: str = "losses_fn must return") -> Losses:
+def as_means(losses: Any, source: str = "losses_fn must return") -> Losses:
     """`losses` as accumulation-dtype means; TypeError or ValueError if it is not a Losses."""
     totals, counts = totals_and_counts(losses, source)
     return jax.tree.map(jnp.divide, totals, counts)
@@ -138,12 +131,12 @@ def is_usable(losses: Losses, log_losses: bool) -> jax.Array:
     return jnp.all(jnp.isfinite(values) & (values > 0)) if log_losses else jnp.all(jnp.isfinite(values))
 
 
-def objective(loss: jax.Array, log_losses: bool) -> jax.Array:
+def bounded(loss: jax.Array, log_losses: bool) -> jax.Array:
     """The loss as it is bounded: itself, or its logarithm (0 where that is undefined)."""
     return jnp.log(jnp.where(loss > 0, loss, jnp.ones_like(loss))) if log_losses else loss
 
 
-def weights(losses: Losses, multiplier: jax.Array, log_losses: bool, normalize_weights: bool) -> Losses:
+def cotangents(losses: Losses, multiplier: jax.Array, log_losses: bool, normalize_weights: bool) -> Losses:
     r"""The cotangents of (U, R) whose pull-back is the direction.
 
     (1, lambda) for U + <lambda, R>; (1 / U, lambda / R) for log U + <lambda, log R>; divided by

@@ -1,6 +1,7 @@
 """The whole run: batches, compiled chunks of steps, evaluation, early stopping, checkpoints, metrics."""
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import pathlib
@@ -17,6 +18,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from eupmu_jax.method.constraints import Budget, Constraint
 from eupmu_jax.method.eupmu import eupmu
 from eupmu_jax.method.layouts import owned, place, split
 from eupmu_jax.method.losses import LossesFn, Mean, check_losses_fn
@@ -57,6 +59,7 @@ def unlearn(
     forget: Any,
     retain: Any,
     inner: optax.GradientTransformation,
+    constraint: Constraint,
     *,
     steps: int | None = None,
     epochs: float | None = None,
@@ -69,7 +72,7 @@ def unlearn(
     callbacks: Sequence[Callable[[Any, dict[str, Any]], None]] = (),
     folder: str | os.PathLike | None = None,
     mesh: Mesh | None = None,
-    **settings: Any,
+    initial_multiplier: Any = 1.0,
 ) -> tuple[Any, History]:
     r"""A model, a forget set and a retain set in; an unlearned model and what happened out.
 
@@ -130,8 +133,8 @@ def unlearn(
       ...     return eu.Losses(jnp.mean((x - batch["forget"]) ** 2), jnp.mean((x - batch["retain"]) ** 2))
       >>> forget, retain = np.full(50, 2.0, np.float32), np.zeros(200, np.float32)
       >>> x, history = eu.unlearn(
-      ...     losses_fn, jnp.array(0.0), forget, retain, optax.sgd(0.02),
-      ...     steps=300, batch_size=10, budget=0.25)
+      ...     losses_fn, jnp.array(0.0), forget, retain, optax.sgd(0.02), eu.Budget(0.25),
+      ...     steps=300, batch_size=10)
       >>> bool(abs(x**2 - 0.25) < 0.02), history.stopped, history.steps["retain_loss"].shape
       (True, None, (300,))
 
@@ -162,10 +165,10 @@ def unlearn(
     check_numeric(params, "params")
     params = jax.tree.map(jnp.asarray, params)
     free, frozen = parted(params)
-    has_baseline = settings.get("retain_baseline") is not None or callable(retain)
     if folder is not None:
         by_path(params)
-    if settings.get("budget") is not None and not has_baseline:
+    settings = {"constraint": constraint}
+    if isinstance(constraint, Budget) and constraint.baseline is None and not callable(retain):
         # Measured anew, on another machine say, it would differ in the last bit.
         baseline = saved_settings(folder).get("retain_baseline")
         if baseline is None:
@@ -173,8 +176,14 @@ def unlearn(
                 args = losses_fn, params, draw[0](0), retain, sizes[1], seed
                 baseline = whole_retain_loss(*args)
         settings["retain_baseline"] = np.asarray(baseline)
-        settings.setdefault("initial_multiplier", jnp.ones(np.shape(baseline)))
-    tx = eupmu(lambda free, inputs: losses_fn(joined(free, inputs[1]), inputs[0]), inner, **settings)
+        constraint = dataclasses.replace(constraint, baseline=np.asarray(baseline))
+        initial_multiplier = jnp.ones(np.shape(baseline))
+    tx = eupmu(
+        lambda free, inputs: losses_fn(joined(free, inputs[1]), inputs[0]),
+        inner,
+        constraint,
+        initial_multiplier=initial_multiplier,
+    )
 
     with contextlib.ExitStack() as stack:
         if mesh is not None:
@@ -459,6 +468,8 @@ def description(
     def plain(value):
         if callable(value) or isinstance(value, optax.GradientTransformation):
             return getattr(value, "__qualname__", type(value).__name__)
+        if dataclasses.is_dataclass(value):
+            return repr(value)
         return value if isinstance(value, str | bool | None) else np.asarray(value).tolist()
 
     def sketch(part):
