@@ -15,7 +15,8 @@ from eupmu_jax.method.layouts import training_step
 from eupmu_jax.method.losses import Losses, Mean
 from eupmu_jax.method.projection import unilateral_projection
 from eupmu_jax.method.state import SurgeryInfo, multiplier, surgery_info
-from eupmu_jax.run.stopping import exhausted, over_forgetting, reached, tensorboard
+from eupmu_jax.run.stopping import exhausted, over_forgetting, reached
+from eupmu_jax.run.tensorboard import tensorboard
 from eupmu_jax.run.unlearn import History, unlearn
 
 __version__ = "0.2.0"

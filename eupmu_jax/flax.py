@@ -1,16 +1,20 @@
-"""What is Flax-specific: a Linen TrainState that hands extra arguments to the transformation.
+"""What is Flax-specific: a Linen TrainState that hands extra arguments on, and NNX filters for `unlearn`.
 
-NNX needs nothing: ``nnx.Optimizer.update(model, grads, **extra_args)`` forwards them (``grads`` may
-be None for `eupmu`), and ``multiplier(nnx.as_pure(optimizer.opt_state))`` reads its state.
+The transformations need nothing for NNX: ``nnx.Optimizer.update(model, grads, **extra_args)`` forwards
+extra arguments (``grads`` may be None for `eupmu`), and ``multiplier(nnx.as_pure(optimizer.opt_state))`` reads its state.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from flax.training import train_state
+
+from eupmu_jax.run.leaves import name_of
 
 
 class TrainState(train_state.TrainState):
@@ -61,3 +65,37 @@ class TrainState(train_state.TrainState):
         updates, opt_state = tx.update(grads, self.opt_state, self.params, **extra_args)
         params = optax.apply_updates(self.params, updates)
         return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **kwargs)
+
+
+def trainable(params: nnx.State, *filters: Any) -> Callable[[str], bool]:
+    """The ``trainable`` of `unlearn` for NNX: which leaves belong to variables that a filter accepts.
+
+    Args:
+      params: the state that `unlearn` is given, for instance of ``nnx.split(model)``.
+      *filters: NNX filters, of which one must accept: ``nnx.LoRAParam``, ``nnx.PathContains("head")``, ...
+
+    Returns:
+      A function: path of a leaf, such as "layers.0.lora_a.value", -> whether it is trained.
+
+    Raises:
+      ValueError: no variable that a filter accepts.
+
+    Example:
+      >>> from flax import nnx
+      >>> from eupmu_jax.flax import trainable
+      >>> rngs = nnx.Rngs(0)
+      >>> base = nnx.Linear(4, 4, rngs=rngs)
+      >>> params = nnx.state(nnx.LoRA(4, 2, 4, base_module=base, rngs=rngs))
+      >>> is_trained = trainable(params, nnx.LoRAParam)
+      >>> is_trained("lora_a.value"), is_trained("base_module.kernel.value")
+      (True, False)
+    """
+    accepts = nnx.filterlib.to_predicate(nnx.filterlib.Any(*filters))
+    is_variable = lambda node: isinstance(node, nnx.Variable)
+    chosen = set()
+    for path, variable in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_variable):
+        if accepts(tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path), variable):
+            chosen |= {name_of((*path, *rest)) for rest, _ in jax.tree_util.tree_leaves_with_path(variable)}
+    if not chosen:
+        raise ValueError(f"params has no variable that {filters} accept")
+    return chosen.__contains__

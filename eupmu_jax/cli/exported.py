@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eupmu_jax.run.folder import by_path
+from eupmu_jax.run.leaves import by_path
 
 FUNCTION, PARAMS = "apply.stablehlo", "params.safetensors"
 PLATFORMS = ("cpu", "cuda", "tpu")

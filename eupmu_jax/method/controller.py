@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +21,7 @@ from eupmu_jax.method.constraints import (
 )
 from eupmu_jax.method.losses import Losses, bounded, cotangents, is_usable
 from eupmu_jax.method.state import SurgeryState, initial_state, select
+from eupmu_jax.method.types import Numbers
 
 
 class Controller(NamedTuple):
@@ -47,7 +47,7 @@ class Controller(NamedTuple):
     observes: Literal["nothing", "lookahead", "directional"]
 
 
-def make_controller(constraint: Constraint, initial_multiplier: chex.Numeric) -> Controller:
+def make_controller(constraint: Constraint, initial_multiplier: Numbers) -> Controller:
     """The controller of a constraint; ValueError for a multiplier that does not go with it."""
     check_constraint(constraint)
     check_multiplier(initial_multiplier, isinstance(constraint, Budget))
@@ -56,7 +56,7 @@ def make_controller(constraint: Constraint, initial_multiplier: chex.Numeric) ->
     return tolerance_controller(constraint, initial_multiplier)
 
 
-def tolerance_controller(constraint: Tolerance, initial_multiplier: chex.Numeric) -> Controller:
+def tolerance_controller(constraint: Tolerance, initial_multiplier: Numbers) -> Controller:
     """lambda_{t+1} = max(0, dual step from lambda_t along the violation of the step's tolerance)."""
     utilities = np.shape(initial_multiplier)
     optimizer = optax.with_extra_args_support(constraint.dual_optimizer or optax.adam(0.05))
@@ -106,7 +106,7 @@ def tolerance_controller(constraint: Tolerance, initial_multiplier: chex.Numeric
     )
 
 
-def budget_controller(constraint: Budget, initial_multiplier: chex.Numeric) -> Controller:
+def budget_controller(constraint: Budget, initial_multiplier: Numbers) -> Controller:
     """lambda_t = lambda_0 times what the controller of the budget makes of the losses so far."""
     utilities = np.shape(initial_multiplier)
     check_shape(constraint.total, utilities, "budget total")
@@ -137,7 +137,7 @@ def budget_controller(constraint: Budget, initial_multiplier: chex.Numeric) -> C
     )
 
 
-def check_multiplier(initial_multiplier: chex.Numeric, positive: bool) -> None:
+def check_multiplier(initial_multiplier: Numbers, positive: bool) -> None:
     """Checks what is concrete: a traced hyper-parameter is taken as it is."""
     if np.ndim(initial_multiplier) > 1 or np.size(initial_multiplier) == 0:
         raise ValueError(

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,7 +12,7 @@ from eupmu_jax.method.controller import Controller, make_controller
 from eupmu_jax.method.gradient import AxisName, all_finite, linearize, retain_loss
 from eupmu_jax.method.losses import Losses, LossesFn, check_losses_fn, check_utilities
 from eupmu_jax.method.state import SurgeryState, applied, is_sound, select, skipped
-from eupmu_jax.method.types import PyTree
+from eupmu_jax.method.types import Numbers, PyTree
 
 
 class EupmuState(NamedTuple):
@@ -47,7 +46,7 @@ def eupmu(
     inner: optax.GradientTransformation | None,
     constraint: Constraint,
     *,
-    initial_multiplier: chex.Numeric = 1.0,
+    initial_multiplier: Numbers = 1.0,
     axis_name: AxisName = None,
 ) -> Eupmu:
     r"""EUPMU: an optimiser that forgets while the retain loss may rise only by so much, per step or in all.

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,6 +12,7 @@ from eupmu_jax.method.controller import make_controller
 from eupmu_jax.method.gradient import AxisName, all_finite, linearize
 from eupmu_jax.method.losses import LossesFn, as_means, check_losses_fn, check_utilities
 from eupmu_jax.method.state import SurgeryState, applied, is_sound, select, skipped, surgery_state
+from eupmu_jax.method.types import Numbers
 
 
 class ImplicitSurgery(optax.GradientTransformationExtraArgs):
@@ -29,7 +29,7 @@ class ImplicitSurgery(optax.GradientTransformationExtraArgs):
         return (*self, self.value_and_grad)
 
 
-def implicit_surgery(constraint: Constraint, *, initial_multiplier: chex.Numeric = 1.0) -> ImplicitSurgery:
+def implicit_surgery(constraint: Constraint, *, initial_multiplier: Numbers = 1.0) -> ImplicitSurgery:
     r"""Implicit gradient surgery as the first link of a chain, for people who own their loop.
 
     The gradient is computed outside, with the multiplier read from the state, and the dual step is

@@ -2,13 +2,12 @@
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from eupmu_jax.method.losses import Losses, accumulation_dtype
-from eupmu_jax.method.types import PyTree
+from eupmu_jax.method.types import Numbers, PyTree
 
 
 class SurgeryState(NamedTuple):
@@ -58,7 +57,7 @@ class SurgeryInfo(NamedTuple):
     infeasible: jax.Array
 
 
-def initial_state(initial_multiplier: chex.Numeric, controller_state: PyTree) -> SurgeryState:
+def initial_state(initial_multiplier: Numbers, controller_state: PyTree) -> SurgeryState:
     """lambda_0, and zeros for what has not been observed yet; controller_state is a function of lambda_0."""
     has_dtype = hasattr(initial_multiplier, "dtype")
     dtype = accumulation_dtype(jnp.asarray(initial_multiplier)) if has_dtype else jnp.float32

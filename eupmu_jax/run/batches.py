@@ -1,17 +1,25 @@
 """Pairs of forget and retain batches: any step's can be made again from the seed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from eupmu_jax.method.types import PyTree
+from eupmu_jax.run.leaves import check_numeric, described
+
+Draw = Callable[[int], PyTree]
+"""step -> a batch, the same whenever it is asked for that step."""
+
+Sizes = int | list[int] | tuple[int, ...] | dict[Any, int]
+"""Rows of a batch; of several sets one number for each."""
 
 FORGET, RETAIN = 0, 1
 
 
-def check_set(data: Any, name: str, batch_size: int) -> int:
+def check_set(data: PyTree, name: str, batch_size: int) -> int:
     """The number of examples of `data`; ValueError unless a batch can be drawn from it."""
     leaves = jax.tree.leaves(data)
     check_numeric(leaves, name)
@@ -23,22 +31,12 @@ def check_set(data: Any, name: str, batch_size: int) -> int:
         )
     (length,) = lengths.pop()
     if length == 0:
-        raise ValueError(f"{name} is empty: there is nothing to {name}")
+        raise ValueError(f"{name} is empty: there is nothing to {name.split('[')[0]}")
     if batch_size > length:
         raise ValueError(
             f"batch_size {batch_size} is larger than the {name} set, which has {length} examples"
         )
     return length
-
-
-def check_numeric(tree: Any, name: str) -> None:
-    """TypeError for a leaf that is no array of numbers."""
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        dtype = getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
-        if not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
-            raise TypeError(
-                f"{name}{jax.tree_util.keystr(path)} must be an array of numbers, got dtype {dtype}"
-            )
 
 
 def shuffled_rows(seed: int, length: int, batch_size: int, step: int) -> np.ndarray:
@@ -55,53 +53,130 @@ def order_of_pass(seed: int, length: int, index: int) -> np.ndarray:
     return np.random.default_rng([seed, FORGET, index]).permutation(length)
 
 
-def drawn_rows(seed: int, length: int, batch_size: int, step: int) -> np.ndarray:
+def drawn_rows(
+    seed: int, length: int, batch_size: int, step: int, stream: tuple[int, ...] = ()
+) -> np.ndarray:
     """Rows of one batch that is drawn independently of all others, without repetition; int [batch_size]."""
-    return np.random.default_rng([seed, RETAIN, step]).choice(length, batch_size, replace=False)
+    return np.random.default_rng([seed, RETAIN, step, *stream]).choice(length, batch_size, replace=False)
 
 
-def source(data: Any, name: str, batch_size: int, seed: int) -> Callable[[int], Any]:
-    """step -> batch: the function that was given, or rows of the arrays that were.
+def forget_source(data: PyTree | Draw, batch_size: int, seed: int) -> Draw:
+    """Shuffled passes over the forget set, so that each example is seen equally often."""
+    if callable(data):
+        return data
+    length = check_set(data, "forget", batch_size)
+    arrays = jax.tree.map(np.asarray, data)
+    return lambda step: rows_of(arrays, shuffled_rows(seed, length, batch_size, step))
 
-    Forget examples come in shuffled passes, so that each is seen equally often. Retain batches are
-    drawn anew at each step: in a pass the next batch would be what was not trained on for longest,
-    and a budget would be steered by that.
+
+def retain_source(data: PyTree | Draw, batch_size: int, seed: int) -> Draw:
+    """Retain batches, drawn anew at each step.
+
+    In a pass the next batch would be what was not trained on for longest, and a budget would be steered by
+    that.
     """
+    return _drawn(data, "retain", batch_size, seed)
+
+
+def _drawn(data: PyTree | Draw, name: str, batch_size: int, seed: int, stream: tuple[int, ...] = ()) -> Draw:
     if callable(data):
         return data
     length = check_set(data, name, batch_size)
     arrays = jax.tree.map(np.asarray, data)
-    rows = shuffled_rows if name == "forget" else drawn_rows
-
-    def batch(step: int) -> Any:
-        chosen = rows(seed, length, batch_size, step)
-        return jax.tree.map(lambda leaf: leaf[chosen], arrays)
-
-    return batch
+    return lambda step: rows_of(arrays, drawn_rows(seed, length, batch_size, step, stream))
 
 
-def described(tree: Any) -> dict[str, str]:
-    """Shape and dtype of each leaf by its path."""
-    leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): f"{np.shape(leaf)} {jnp.result_type(leaf)}" for path, leaf in leaves}
+def rows_of(arrays: PyTree, rows: np.ndarray | slice) -> PyTree:
+    """Those rows of every array."""
+    return jax.tree.map(lambda leaf: leaf[rows], arrays)
 
 
-class Stack(NamedTuple):
-    """Batches of consecutive steps along a leading axis, how many, and why they end early, if they do."""
+class RetainSets(NamedTuple):
+    """The retain data: one set, or several of their own lengths and batch sizes, one for each utility.
 
-    rows: dict[str, Any] | None
-    amount: int
-    trouble: Exception | None
+    Attributes:
+      sets: by the name that messages give them.
+      sizes: rows of a batch of each.
+      together: the batches of the sets, in the order of `sets`, -> the batch that losses_fn sees.
+    """
+
+    sets: dict[str, PyTree | Draw]
+    sizes: dict[str, int]
+    together: Callable[[list[PyTree]], PyTree]
+
+    @property
+    def are_arrays(self) -> bool:
+        """Whether the sets can be gone through from end to end."""
+        return not any(map(callable, self.sets.values()))
 
 
-def paired(forget: Callable[[int], Any], retain: Callable[[int], Any]) -> Callable[[int, int], Stack]:
-    """(start, stop) -> the batches of steps start to stop - 1, all like the first."""
+def retain_sets(retain: PyTree | Draw, batch_size: Sizes) -> RetainSets:
+    """One set, or several: where a list or dict holds functions or different lengths, or has a size for each.
 
-    def pair(step: int) -> dict[str, Any]:
+    Several sets of one length are as good as one set whose rows are drawn together: losses_fn sees the same.
+    """
+    parts = (
+        dict(enumerate(retain)) if isinstance(retain, list) else retain if isinstance(retain, dict) else {}
+    )
+    arrays = jax.tree.leaves([part for part in parts.values() if not callable(part)])
+    is_several = any(map(callable, parts.values())) or len({np.shape(leaf)[:1] for leaf in arrays}) > 1
+    if not is_several and isinstance(batch_size, int | np.integer):
+        check_whole(batch_size, "batch_size")
+        return RetainSets({"retain": retain}, {"retain": int(batch_size)}, lambda batches: batches[0])
+    if isinstance(batch_size, int | np.integer):
+        batch_size = dict.fromkeys(parts, batch_size)
+    sizes = dict(enumerate(batch_size)) if isinstance(batch_size, list | tuple) else batch_size
+    if not isinstance(sizes, dict) or sizes.keys() != parts.keys():
+        raise ValueError(
+            "batch_size must be a number, or two of the forget and the retain batch, of which the second may "
+            f"hold one for each retain set of {list(parts)}; got {batch_size!r}"
+        )
+    for size in sizes.values():
+        check_whole(size, "batch_size")
+
+    def together(batches: list[PyTree]) -> PyTree:
+        return dict(zip(parts, batches, strict=True)) if isinstance(retain, dict) else batches
+
+    named = {f"retain[{key!r}]": part for key, part in parts.items()}
+    return RetainSets(named, {f"retain[{key!r}]": int(sizes[key]) for key in parts}, together)
+
+
+def several_source(retain: RetainSets, seed: int) -> Draw:
+    """step -> the batch of all retain sets, each drawn from a stream of its own."""
+    if len(retain.sets) == 1:
+        ((name, data),) = retain.sets.items()
+        return retain_source(data, retain.sizes[name], seed)
+    draws = [
+        _drawn(data, name, retain.sizes[name], seed, stream=(index,))
+        for index, (name, data) in enumerate(retain.sets.items())
+    ]
+    return lambda step: retain.together([draw(step) for draw in draws])
+
+
+def in_order(retain: RetainSets) -> Iterator[tuple[PyTree, np.ndarray]]:
+    """All rows of all sets once: (batch, rows that count of each set), 0 of a set that is through already."""
+    arrays = {name: jax.tree.map(np.asarray, data) for name, data in retain.sets.items()}
+    lengths = {name: check_set(data, name, retain.sizes[name]) for name, data in arrays.items()}
+    passes = max(-(-lengths[name] // retain.sizes[name]) for name in arrays)
+    for index in range(passes):
+        batches, amounts = [], []
+        for name, data in arrays.items():
+            size = retain.sizes[name]
+            amount = int(np.clip(lengths[name] - index * size, 0, size))
+            start = index * size if amount else 0
+            batches.append(rows_of(data, slice(start, start + (amount or size))))
+            amounts.append(amount)
+        yield retain.together(batches), np.asarray(amounts)
+
+
+def paired(forget: Draw, retain: Draw) -> Draw:
+    """step -> {"forget": ..., "retain": ...}, all like those of step 0; RuntimeError where data raises."""
+
+    def pair(step: int) -> dict[str, PyTree]:
         batches = {}
-        for name, batch in (("forget", forget), ("retain", retain)):
+        for name, draw in (("forget", forget), ("retain", retain)):
             try:
-                batches[name] = batch(step)
+                batches[name] = draw(step)
             except Exception as error:
                 raise RuntimeError(f"the {name} data of step {step} could not be had: {error}") from error
         return batches
@@ -111,26 +186,29 @@ def paired(forget: Callable[[int], Any], retain: Callable[[int], Any]) -> Callab
         check_numeric(batch, f"the first {name} batch")
         if not jax.tree.leaves(batch):
             raise ValueError(f"the first {name} batch has no arrays in it: {batch!r}")
-    shapes = described(first)
+    expected, first_described = shapes_of(first), described(first)
 
-    def checked(step: int) -> dict[str, Any]:
+    def checked(step: int) -> dict[str, PyTree]:
         batch = pair(step)
-        check_numeric(batch, f"the batch of step {step}")
-        if (got := described(batch)) != shapes:
+        if shapes_of(batch) != expected:
+            check_numeric(batch, f"the batch of step {step}")
             raise ValueError(
-                f"the batch of step {step} is {got}, that of step 0 {shapes}: give all batches one shape "
-                "(pad, and mask with Mean) and dtype"
+                f"the batch of step {step} is {described(batch)}, that of step 0 {first_described}: give all "
+                "batches one shape (pad, and mask with Mean) and dtype"
             )
         return batch
 
-    def stacked(start: int, stop: int) -> Stack:
-        each, trouble = [], None
-        try:
-            for step in range(start, stop):
-                each.append(checked(step))
-        except (RuntimeError, TypeError, ValueError) as error:
-            trouble = error
-        rows = jax.tree.map(lambda *leaves: np.stack(leaves), *each) if each else None
-        return Stack(rows, len(each), trouble)
+    return checked
 
-    return stacked
+
+def shapes_of(batch: PyTree) -> tuple:
+    """What all batches have in common."""
+    leaves, structure = jax.tree.flatten(batch)
+    dtype = lambda leaf: getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
+    return structure, [(np.shape(leaf), dtype(leaf)) for leaf in leaves]
+
+
+def check_whole(value: object, name: str, least: int = 1) -> None:
+    """ValueError unless it is a whole number >= `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")

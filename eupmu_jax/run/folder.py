@@ -8,17 +8,9 @@ from typing import Any
 
 import jax
 
+from eupmu_jax.method.types import PyTree
 from eupmu_jax.run.files import write_whole
-
-
-def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves by their path, "layer.kernel", whatever containers they are in."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".") or "params"
-    named = {name(path): leaf for path, leaf in leaves}
-    if len(named) < len(leaves):
-        raise ValueError("two arrays have the same path: put no '.' into names")
-    return named
+from eupmu_jax.run.leaves import by_path
 
 
 class Folder:
@@ -60,7 +52,7 @@ class Folder:
         self.saved = self.manager.latest_step() or 0
         self.metrics = self.path / "metrics.jsonl"
 
-    def restore(self, like: Any) -> tuple[int, Any, list[dict[str, Any]]]:
+    def restore(self, like: PyTree) -> tuple[int, PyTree, list[dict[str, Any]]]:
         """(steps done, tree, metrics up to there) of the last checkpoint, or (0, `like`, [])."""
         step = self.manager.latest_step()
         if step is None:
@@ -97,19 +89,20 @@ class Folder:
         return kept
 
     def write(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Appends metrics, on disk before a checkpoint that counts on them."""
+        """Appends metrics."""
         with self.metrics.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
 
-    def save_if_new(self, step: int, tree: Any) -> None:
+    def save_if_new(self, step: int, tree: PyTree) -> None:
         """Saves a step that is after what was saved last."""
         if step > self.saved:
             self.save(step, tree)
 
-    def save(self, step: int, tree: Any) -> None:
+    def save(self, step: int, tree: PyTree) -> None:
         """Starts to save; the last good checkpoint stays until this one is whole."""
+        # The metrics first: a checkpoint counts on them even where the power fails.
+        with self.metrics.open("a") as file:
+            os.fsync(file.fileno())
         self.saved = step
         try:
             self.manager.save(step, args=self.ocp.args.StandardSave(by_path(tree)))
@@ -126,7 +119,7 @@ class Folder:
             self.manager.close()
             self.lock.close()
 
-    def export(self, params: Any) -> None:
+    def export(self, params: PyTree) -> None:
         """The parameters as params.safetensors, by path: for other programs, and nothing in it can run."""
         partial = self.path / "params.safetensors.partial"
         try:
@@ -140,6 +133,12 @@ class Folder:
             f"a checkpoint at step {step} could not be written to {self.path}: {error}\n"
             "Make room or mend the folder and start again: the run goes on from its last whole checkpoint."
         )
+
+
+def saved_description(folder: str | os.PathLike | None) -> dict[str, Any]:
+    """run.json of the run in a folder; {} if there is none."""
+    path = None if folder is None else pathlib.Path(folder) / "run.json"
+    return {} if path is None or not path.exists() else read_description(path)
 
 
 def read_description(path: pathlib.Path) -> dict[str, Any]:

@@ -44,6 +44,10 @@ def progress_bar(steps: int) -> Iterator[Callable[[int, Mapping[str, np.ndarray]
       show(done, seen): how many are done, and for each of `SHOWN` its values so far, of which the last
       is shown: of several utilities the highest.
     """
+    if not sys.stderr.isatty():
+        # Nothing is written, and so nothing put into words, step by step.
+        yield lambda done, seen: None
+        return
     with live_bar(steps) as show:
         of_step = lambda seen, step: "  ".join(f"{name} {np.max(seen[name][step]):.4g}" for name in SHOWN)
         yield lambda done, seen: show(done, f"{done} of {steps}  {of_step(seen, done - 1)}")

@@ -1,47 +1,16 @@
-"""What a run may be given to call: rules for its ``stop``, and TensorBoard."""
+"""Rules for the ``stop`` of a run."""
 
-import os
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
+from eupmu_jax.method.types import Numbers
 
-def tensorboard(folder: str | os.PathLike):
-    """A callback that writes the metrics of every evaluation for TensorBoard.
-
-    Args:
-      folder: where the event files go: ``tensorboard --logdir FOLDER``.
-
-    Returns:
-      (params, metrics) -> None, for the ``callbacks`` of `unlearn`.
-
-    Raises:
-      ImportError: tensorboardX is missing.
-
-    Example:
-      >>> import eupmu_jax as eu, tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     eu.tensorboard(folder)(None, {"step": 10, "retain_loss": 0.5})
-
-    Source: ours.
-    """
-    from tensorboardX import SummaryWriter
-
-    writer = SummaryWriter(os.fspath(folder))
-
-    def write(params: Any, metrics: dict[str, Any]) -> None:
-        del params
-        for name, value in metrics.items():
-            for k, number in enumerate(np.ravel(value)):
-                writer.add_scalar(
-                    name if np.ndim(value) == 0 else f"{name}/{k}", float(number), metrics["step"]
-                )
-        writer.flush()
-
-    return write
+Rule = Callable[[dict], str | None]
+"""Metrics -> why the run should end now, or None."""
 
 
-def reached(name: str, *, at_most: float = np.inf, at_least: float = -np.inf):
+def reached(name: str, *, at_most: float = np.inf, at_least: float = -np.inf) -> Rule:
     """A rule for ``stop``: the metric is where it should be.
 
     Args:
@@ -49,7 +18,7 @@ def reached(name: str, *, at_most: float = np.inf, at_least: float = -np.inf):
       at_most, at_least: its bounds, inclusive.
 
     Returns:
-      metrics -> str or None.
+      A rule: metrics -> why the run should end, or None.
 
     Raises:
       KeyError: from the rule, if there is no such metric.
@@ -58,35 +27,28 @@ def reached(name: str, *, at_most: float = np.inf, at_least: float = -np.inf):
       >>> import eupmu_jax as eu
       >>> eu.reached("forget_accuracy", at_most=0.1)({"forget_accuracy": 0.08})
       'forget_accuracy reached 0.08'
-
-    Source: ours.
     """
     return lambda metrics: (
         f"{name} reached {metrics[name]:.4g}" if at_least <= metrics[name] <= at_most else None
     )
 
 
-def exhausted(baseline: float, budget: float):
-    """A rule for ``stop``: the mean retain loss since the last evaluation is above its budget.
+def exhausted(baseline: Numbers, budget: Numbers) -> Rule:
+    r"""A rule for ``stop``: the mean retain loss since the last evaluation is above its budget.
 
-    .. math:: \\bar R - R_0 > \\delta \\quad\\text{for any utility}
+    .. math:: \bar R - R_0 > \delta \quad\text{for any utility}
 
     Args:
       baseline: R_0, a float or [K], in the loss's units.
       budget: delta > 0, likewise.
 
     Returns:
-      metrics -> str or None.
-
-    Raises:
-      Nothing.
+      A rule: metrics -> why the run should end, or None.
 
     Example:
       >>> import eupmu_jax as eu
       >>> eu.exhausted(baseline=0.5, budget=0.1)({"retain_loss": 0.62})
       'the retain loss rose by 0.12, more than its budget 0.1'
-
-    Source: ours.
     """
 
     def rule(metrics):
@@ -100,10 +62,10 @@ def exhausted(baseline: float, budget: float):
     return rule
 
 
-def over_forgetting(forget: str, unseen: str, slack: float = 0.0):
-    """A rule for ``stop``: the forget set does worse than data that was never trained on.
+def over_forgetting(forget: str, unseen: str, slack: float = 0.0) -> Rule:
+    r"""A rule for ``stop``: the forget set does worse than data that was never trained on.
 
-    .. math:: a_{\\text{forget}} < a_{\\text{unseen}} - \\text{slack}
+    .. math:: a_{\text{forget}} < a_{\text{unseen}} - \text{slack}
 
     which a retrained model would not show and an attacker can see.
 
@@ -113,7 +75,7 @@ def over_forgetting(forget: str, unseen: str, slack: float = 0.0):
       slack: how much lower is allowed, in the metrics' units.
 
     Returns:
-      metrics -> str or None.
+      A rule: metrics -> why the run should end, or None.
 
     Raises:
       KeyError: from the rule, if there is no such metric.
@@ -122,8 +84,6 @@ def over_forgetting(forget: str, unseen: str, slack: float = 0.0):
       >>> import eupmu_jax as eu
       >>> eu.over_forgetting("forget", "test")({"forget": 0.7, "test": 0.8})
       'over-forgetting: forget 0.7 is below test 0.8'
-
-    Source: ours.
     """
 
     def rule(metrics):

@@ -8,7 +8,7 @@ from experiments.shared import command
 from experiments.shared.configs import CONFIGS, FASHION_MNIST
 from experiments.shared.data.images import FASHION_MNIST_DIR
 from experiments.shared.records import open_records
-from experiments.shared.report import note_session, start_run
+from experiments.shared.report import note_session, start_run, tables_of
 from experiments.shared.terminal import progress_bar
 from experiments.shared.testbed import describe, make_testbed, original_models, saved_task
 
@@ -54,8 +54,7 @@ def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
         curves = convergence.run(**scale.convergence)
         origin = describe(path, testbed)
         sections = report.write_report(path, records.by_key, scale, BUDGET_OF_CLASSES, curves, origin)
-        (figures,) = sections[0].parts
-        console.print(figures.to_markdown(), highlight=False)
+        console.print(tables_of(sections[0])[0].to_markdown(), highlight=False)
     return path
 
 

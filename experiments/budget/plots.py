@@ -137,7 +137,7 @@ def plot_utilities(path: pathlib.Path, records: RecordsByKey, budget: float) -> 
                 classes = runs[0]["classes"]
                 x = np.arange(len(classes)) + 0.2 * (k - 1.5)
                 axis.bar(x, np.mean(changes, 0), width=0.2, label=name)
-            axis.set_xticks(range(len(classes)), classes)
+            axis.set_xticks(range(len(classes)), map(str, classes))
             axis.set(xlabel="class", ylabel=label, title=f"rate {rate:g}")
             axis.axhline(0, color="black", linewidth=0.6)
             if unit != 1.0:

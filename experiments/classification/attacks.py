@@ -59,9 +59,14 @@ def attack_by_likelihood_ratio(testbed: Testbed, records: Records, task: Task, p
 
     originals, retrained = trained(True, 0), confidences(trained(False, 0))
     references = {ORIGINAL: lambda: originals, RETRAIN: lambda: trained(False, config.shadows)}
-    sizes = {"steps": testbed.steps, "batch_size": config.batch_size}
     plans = [
-        make_plan(task.forget, part, **sizes, seed=config.evaluation_seed + number)
+        make_plan(
+            task.forget,
+            part,
+            steps=testbed.steps,
+            batch_size=config.batch_size,
+            seed=config.evaluation_seed + number,
+        )
         for number, part in enumerate(retain)
     ]
     stacked = jax.tree.map(lambda *parts: np.stack(parts), *plans)

@@ -1,5 +1,7 @@
 """What one step of a method costs, and a whole run."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +16,8 @@ def step_cost(testbed: Testbed, method: str) -> dict[str, float]:
 
     def batch(*leading: int) -> Batch:
         shape = lambda part: jax.ShapeDtypeStruct((*leading, *part.shape[1:]), part.dtype)
-        examples, number = jax.tree.map(shape, train), jax.ShapeDtypeStruct(leading[:-1], jnp.float32)
+        examples = jax.tree.map(shape, train)
+        number: Any = jax.ShapeDtypeStruct(leading[:-1], jnp.float32)
         return Batch(examples, examples, number, number)
 
     names = ("learning_rate", *testbed.peers[method].knobs)

@@ -82,9 +82,9 @@ def attack_section(records: RecordsByKey) -> list[Section]:
     attacked = of_kind(records, "likelihood ratio")
     if not attacked:
         return []
-    rows = {}
+    rows, (_, task, _) = {}, attacked[0]["key"]
     for record in attacked:
-        _, task, method = record["key"]
+        *_, method = record["key"]
         digits = {"auc": 3, "accuracy": 1, "tpr_at_1_fpr": 1, "worst_tenth": 1}
         shown = lambda name, r=record, d=digits: "-" if r.get("diverged") else f"{r[name]:.{d[name]}f}"
         rows[method] = {name: shown(name) for name in digits}

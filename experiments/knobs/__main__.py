@@ -169,8 +169,8 @@ def plot_rates(path: pathlib.Path, runs: Frame) -> None:
     ):
         for i, line in enumerate(of_space):
             means = [gaps.get((at_rate(line, rate).name, task), float("nan")) for rate in RATES]
-            style = {"linewidth": 2.5} if line.is_eupmu else {"linestyle": "--"}
-            axis.plot(RATES, means, marker="o", label=line.name, color=f"C{i}", **style)
+            style, width = ("-", 2.5) if line.is_eupmu else ("--", 1.5)
+            axis.plot(RATES, means, style, marker="o", label=line.name, color=f"C{i}", linewidth=width)
         axis.set(xscale="log", yscale="log", title=f"forget {task}")
         axis.set(xlabel="learning rate", ylabel="gap to Retrain (points)")
         plain_numbers(axis.yaxis)

@@ -13,7 +13,7 @@ from experiments.scaling.model import SIZES, Size, count_parameters
 from experiments.scaling.steps import METHODS
 from experiments.shared import command
 from experiments.shared.records import open_records
-from experiments.shared.report import note_session, read_origin, start_run
+from experiments.shared.report import note_session, read_origin, start_run, tables_of
 from experiments.shared.terminal import progress_bar
 
 CELLS = [
@@ -65,7 +65,7 @@ def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
                     records.get((*cell, method), lambda make=make, p=parameters: make() | p)
                     progress(f"{report.label(cell)}: {method}", 1)
                 sections = report.write_report(path, records.by_key, cells, sizes, read_origin(path))
-        console.print(sections[0].parts[1].to_markdown(), highlight=False)
+        console.print(tables_of(sections[0])[0].to_markdown(), highlight=False)
     return path
 
 

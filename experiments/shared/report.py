@@ -46,6 +46,10 @@ class Section(NamedTuple):
     parts: list[str | Frame | Picture]
 
 
+def tables_of(section: Section) -> list[pd.DataFrame]:
+    return [part for part in section.parts if isinstance(part, pd.DataFrame)]
+
+
 class Look(NamedTuple):
     """How a method is drawn, the same in every picture."""
 

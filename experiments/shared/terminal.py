@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from eupmu_jax.run.progress import live_bar
-from experiments.shared.report import Section
+from experiments.shared.report import Section, tables_of
 from experiments.shared.testbed import Progress
 
 SECONDS_BETWEEN_LINES = 30
@@ -34,9 +34,9 @@ def progress_bar(console: Console, total: float) -> Iterator[Progress]:
 
 
 def show(console: Console, sections: list[Section]) -> None:
-    """The main tables in the terminal, each the first part of its section."""
+    """The main tables in the terminal, each the first of its section."""
     for section in sections:
-        frame, *texts = section.parts
+        frame = tables_of(section)[0]
         names = [name for name in ("UA", "RA", "TA", "MIA", "gap", "seconds") if name in frame.columns]
         out = Table(title=section.title, title_justify="left")
         out.add_column("method", no_wrap=True)
@@ -45,5 +45,5 @@ def show(console: Console, sections: list[Section]) -> None:
         for method, cells in frame[names].iterrows():
             out.add_row(escape(str(method)), *cells)
         console.print(out)
-        for text in texts:
+        for text in filter(lambda part: isinstance(part, str), section.parts):
             console.print(text, highlight=False, end="\n\n")

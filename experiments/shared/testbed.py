@@ -149,11 +149,11 @@ def trained_models(
         if file.exists():
             report(1)
             shapes = jax.eval_shape(testbed.classifier.init, jax.random.key(0), testbed.train.x[:1])
-            saved = flax.serialization.from_bytes(Trained(shapes, 0.0), file.read_bytes())
-            models[seed] = saved._replace(params=jax.tree.map(jnp.asarray, saved.params))
+            params, seconds = flax.serialization.from_bytes((shapes, 0.0), file.read_bytes())
+            models[seed] = Trained(jax.tree.map(jnp.asarray, params), float(seconds))
             continue
         models[seed] = testbed.trainer.train(testbed.train, testbed.trainer.plan(rows, seed), seed, report)
-        write_whole(file, flax.serialization.to_bytes(jax.device_get(models[seed])))
+        write_whole(file, flax.serialization.to_bytes(jax.device_get(tuple(models[seed]))))
     return models
 
 

@@ -15,7 +15,7 @@ from flax import linen, nnx
 import eupmu_jax as eu
 from eupmu_jax.cli import main as cli
 from eupmu_jax.cli import report
-from eupmu_jax.run.folder import by_path
+from eupmu_jax.run.leaves import by_path
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(120, 4)).astype(np.float32)

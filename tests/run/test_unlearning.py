@@ -20,8 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import eupmu_jax as eu
-from eupmu_jax.run import batches
-from eupmu_jax.run import unlearn as unlearning
+from eupmu_jax.run import batches, ledger, loop
 
 RNG = np.random.default_rng(0)
 FORGET = {"x": RNG.normal(size=(40, 3)).astype(np.float32), "y": RNG.integers(0, 2, 40)}
@@ -45,8 +44,14 @@ def assert_close(one, other):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-def run(params=PARAMS, forget=FORGET, retain=RETAIN, inner=INNER, fn=losses_fn, **settings):
-    return eu.unlearn(fn, params, forget, retain, inner, **{"steps": 30, "batch_size": 8} | settings)
+LOOKAHEAD = eu.Tolerance(0.0, measure="lookahead")
+
+
+def run(
+    params=PARAMS, forget=FORGET, retain=RETAIN, inner=INNER, constraint=LOOKAHEAD, fn=losses_fn, **settings
+):
+    settings = {"steps": 30, "batch_size": 8} | settings
+    return eu.unlearn(fn, params, forget, retain, inner, constraint, **settings)
 
 
 def assert_same(one, other):
@@ -59,13 +64,16 @@ def assert_same(one, other):
 
 def test_it_takes_the_steps_of_eupmu():
     """The same parameters as from a loop of one's own over the same batches."""
-    tx = eu.eupmu(losses_fn, INNER, measure="lagged")
+    tx = eu.eupmu(losses_fn, INNER, eu.Tolerance(0.0))
     step, params, state = eu.training_step(tx, PARAMS)
-    forget, retain = (batches.source(d, n, 8, 0) for d, n in ((FORGET, "forget"), (RETAIN, "retain")))
+    forget, retain = (
+        batches.forget_source(FORGET, 8, 0),
+        batches.several_source(batches.retain_sets(RETAIN, 8), 0),
+    )
     for t in range(30):
         batch = {"forget": forget(t), "retain": retain(t)}
         params, state, info = step(params, state, batch)
-    got, history = run(measure="lagged")
+    got, history = run(constraint=eu.Tolerance(0.0))
     for a, b in zip(*map(jax.tree.leaves, (params, got)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
     np.testing.assert_allclose(history.steps["multiplier"][-1], info.multiplier, rtol=1e-5)
@@ -94,13 +102,13 @@ def test_epochs_count_passes_over_the_forget_set():
 def test_a_key_for_each_step():
     seen = eu.unlearn(
         lambda x, batch: eu.Losses(x * 0 + jax.random.uniform(batch["key"]), x),
-        jnp.array(1.0), np.zeros(4), np.zeros(4), optax.sgd(0.1), steps=20, batch_size=2,
+        jnp.array(1.0), np.zeros(4), np.zeros(4), optax.sgd(0.1), eu.Tolerance(0.0), steps=20, batch_size=2,
     )[1].steps["forget_loss"]  # fmt: skip
     assert len(set(seen.tolist())) == 20
 
 
 def test_the_baseline_of_a_budget_is_the_whole_retain_set():
-    _, history = run(budget=0.1, steps=1)
+    _, history = run(constraint=eu.Budget(0.1), steps=1)
     at_start = history.steps["violation"][0] + 0.1
     whole = cross_entropy(PARAMS, RETAIN)
     np.testing.assert_allclose(
@@ -145,7 +153,7 @@ def test_several_utilities():
         losses = losses_fn(params, batch)
         return losses._replace(retain=jnp.stack([losses.retain, 2 * losses.retain]))
 
-    _, history = run(fn=fn, initial_multiplier=jnp.ones(2), budget=np.array([0.1, 0.2]))
+    _, history = run(fn=fn, initial_multiplier=jnp.ones(2), constraint=eu.Budget([0.1, 0.2]))
     assert history.steps["multiplier"].shape == (30, 2)
 
 
@@ -205,7 +213,7 @@ def test_rules():
 
 def poisoned(steps):
     """Forget batches that hold a NaN at these steps."""
-    draw = batches.source(FORGET, "forget", 8, 0)
+    draw = batches.forget_source(FORGET, 8, 0)
 
     def batch(step):
         rows = draw(step)
@@ -248,8 +256,10 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path):
         ({"params": {"w": jnp.ones(3, jnp.int32)}}, TypeError, "no floating-point leaf"),
         ({"inner": 0.1}, TypeError, "inner"),
         ({"fn": None}, TypeError, "losses_fn"),
-        ({"budget": -1.0}, ValueError, "budget must be > 0"),
-        ({"measure": "lookback"}, ValueError, "measure must be one of"),
+        ({"constraint": 0.1}, TypeError, "constraint must be"),
+        ({"constraint": eu.Budget([0.1, 0.2])}, ValueError, "budget total must"),
+        ({"trainable": "w"}, TypeError, "trainable must be a function"),
+        ({"trainable": lambda path: False}, ValueError, "trainable accepts no floating-point leaf .* b, w"),
         ({"retain": lambda step: {k: v[: 8 + step] for k, v in RETAIN.items()}}, ValueError, "of step 1 is"),
     ],
 )
@@ -312,7 +322,7 @@ def test_other_settings_are_refused(tmp_path):
     for change in (
         {"seed": 1},
         {"steps": 31},
-        {"tolerance": 0.1},
+        {"constraint": eu.Tolerance(0.1, measure="lookahead")},
         {"inner": optax.adam(0.1)},
         {"retain": RETAIN | {"x": RETAIN["x"] + np.arange(100)[:, None] // 99}},
         {"params": PARAMS | {"b": PARAMS["b"] + 1}},
@@ -370,7 +380,7 @@ def test_a_full_disk(tmp_path):
 
 def test_what_a_failing_run_keeps_is_all_that_was_done(tmp_path):
     """Data that fails within a chunk, a score that raises: the next start goes on from there."""
-    draw = batches.source(FORGET, "forget", 8, 0)
+    draw = batches.forget_source(FORGET, 8, 0)
 
     def failing(step):
         if step == 17:
@@ -397,10 +407,12 @@ def test_what_a_failing_run_keeps_is_all_that_was_done(tmp_path):
     assert resumed[1].evaluations[1:] == whole[1].evaluations[1:]
 
 
-@pytest.mark.parametrize("where", ["record", "step_lines", "looks_broken"])
-def test_interrupted_where_parameters_and_metrics_differ(tmp_path, monkeypatch, where):
+@pytest.mark.parametrize(
+    ("owner", "where"), [(ledger.Ledger, "give"), (ledger.Ledger, "_line"), (loop, "_looks_broken")]
+)
+def test_interrupted_where_parameters_and_metrics_differ(tmp_path, monkeypatch, owner, where):
     """Ctrl-C while a chunk is waited for must not save its end under the number of its start."""
-    calls, original = [], getattr(unlearning, where)
+    calls, original = [], getattr(owner, where)
 
     def interrupted(*args):
         calls.append(None)
@@ -409,14 +421,30 @@ def test_interrupted_where_parameters_and_metrics_differ(tmp_path, monkeypatch, 
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(unlearning, where, interrupted)
+        patch.setattr(owner, where, interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(folder=tmp_path, every=5)
     assert_same(run(folder=tmp_path, every=5)[0], run(every=5)[0])
 
 
+@pytest.mark.parametrize("at", [3, 10, 17])
+def test_an_interrupt_keeps_the_steps_that_were_done(tmp_path, at):
+    """Between two steps nothing is lost; within the call of a step, the chunk is."""
+    draw = batches.forget_source(FORGET, 8, 0)
+
+    def interrupted(step):
+        if step == at:
+            raise KeyboardInterrupt
+        return draw(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(forget=interrupted, every=10, folder=tmp_path)
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == at
+    assert_same(run(forget=draw, every=10, folder=tmp_path)[0], run(every=10)[0])
+
+
 def test_a_rule_to_stop_comes_before_data_that_ends():
-    draw = batches.source(FORGET, "forget", 8, 0)
+    draw = batches.forget_source(FORGET, 8, 0)
 
     def ending(step):
         if step >= 10:
@@ -429,11 +457,11 @@ def test_a_rule_to_stop_comes_before_data_that_ends():
 
 def test_the_baseline_of_a_resumed_run_is_the_one_it_started_with(tmp_path):
     """Another processor may get another last bit."""
-    run(budget=0.1, folder=tmp_path, steps=4)
+    run(constraint=eu.Budget(0.1), folder=tmp_path, steps=4)
     described = json.loads((tmp_path / "run.json").read_text())
-    described["settings"]["retain_baseline"] *= 1 + 1e-7
+    described["constraint"]["baseline"] *= 1 + 1e-7
     (tmp_path / "run.json").write_text(json.dumps(described))
-    run(budget=0.1, folder=tmp_path, steps=4)
+    run(constraint=eu.Budget(0.1), folder=tmp_path, steps=4)
 
 
 def test_a_baseline_for_each_utility():
@@ -441,7 +469,7 @@ def test_a_baseline_for_each_utility():
         losses = losses_fn(params, batch)
         return losses._replace(retain=jnp.stack([losses.retain, 2 * losses.retain, losses.retain]))
 
-    history = run(fn=fn, budget=0.1, steps=3)[1]
+    history = run(fn=fn, constraint=eu.Budget(0.1), steps=3)[1]
     assert history.steps["multiplier"].shape == (3, 3)
 
 

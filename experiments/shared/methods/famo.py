@@ -57,7 +57,7 @@ def famo(
         after, _ = log_losses(params, batch)
         (slope,) = pull_softmax(before - after)
         updates, weight_state = weight_optimizer.update(slope, state.weight_state, state.logits)
-        logits = optax.apply_updates(state.logits, updates)
+        logits = jnp.asarray(optax.apply_updates(state.logits, updates))
         seen = record(losses.forget, losses.retain, z[0] / z[1])
         return params, FamoState(logits, weight_state, optimizer_state), seen
 

@@ -1,0 +1,161 @@
+"""Steps and evaluations in turn: what the host does while the device works."""
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eupmu_jax.method.layouts import owned
+from eupmu_jax.method.losses import LossesFn
+from eupmu_jax.method.types import PyTree
+from eupmu_jax.run.batches import Draw
+from eupmu_jax.run.leaves import joined
+from eupmu_jax.run.ledger import Best, Ledger
+from eupmu_jax.run.plan import Plan
+
+Metrics = dict[str, Any]
+
+# The host waits for the device once in so many seconds, steps or bytes of batches: often enough for a
+# progress bar, and for an interrupt to lose little, too rarely to be felt.
+CHUNK_SECONDS, CHUNK_STEPS, CHUNK_BYTES = 2.0, 100, 2**26
+# So many skipped steps in a row and the losses are broken rather than unlucky.
+SKIPPED_IN_A_ROW = 50
+
+
+class Inputs(NamedTuple):
+    """What a step is given: rows, the leaves that it must not change, and what its key is made from."""
+
+    rows: PyTree
+    frozen: PyTree
+    key: jax.Array
+    step: np.int32
+
+
+def on_inputs(losses_fn: LossesFn) -> LossesFn:
+    """losses_fn as the method calls it: on the trained leaves and `Inputs`."""
+
+    def on_inputs(trained, inputs: Inputs):
+        batch = inputs.rows | {"key": jax.random.fold_in(inputs.key, inputs.step)}
+        return losses_fn(joined(trained, inputs.frozen), batch)
+
+    return on_inputs
+
+
+class Hooks(NamedTuple):
+    """What a user has given to be called, and how the run's leaves become the user's params."""
+
+    evaluate: Callable[[PyTree], dict[str, float]] | None
+    score: Callable[[Metrics], float] | None
+    stop: Callable[[Metrics], str | None] | None
+    callbacks: Sequence[Callable[[PyTree, Metrics], None]]
+    whole: Callable[[PyTree], PyTree]
+    on_mesh: Callable[[PyTree], PyTree]
+
+
+def run_to_the_end(
+    ledger: Ledger,
+    plan: Plan,
+    step: Callable[..., Any],
+    batch_at: Draw,
+    inputs: Inputs,
+    hooks: Hooks,
+    show: Callable[[int, dict[str, np.ndarray]], None],
+) -> None:
+    """Chunks of steps and pauses in turn, to the last step or the first reason to stop."""
+    is_pause = lambda: ledger.done % plan.every == 0 or ledger.done == plan.steps
+    if is_pause() and ledger.last_evaluation < ledger.done:
+        _pause(ledger, hooks)
+    # The first chunk compiles, which tells nothing about the next: it is one step, and so is the second.
+    length, is_compiled = 1, False
+    while ledger.done < plan.steps and ledger.stopped is None:
+        edges = [(ledger.done // size + 1) * size for size in (plan.every, CHUNK_STEPS)]
+        end = min(ledger.done + length, plan.steps, *edges)
+        start, began = ledger.done, time.perf_counter()
+        trouble = _take_steps(ledger, step, batch_at, inputs, end)
+        if is_compiled and ledger.done > start:
+            seconds = (time.perf_counter() - began) / (ledger.done - start)
+            longest = CHUNK_BYTES // max(1, _nbytes(batch_at(start)))
+            length = max(1, min(int(CHUNK_SECONDS / seconds), longest))
+        is_compiled = True
+        show(ledger.done, ledger.seen)
+        why = None
+        # Looked at where it is the same on a fast and on a slow machine.
+        if is_pause() or ledger.done % CHUNK_STEPS == 0:
+            why = _looks_broken(ledger.seen["skipped_steps"][: ledger.done])
+        if why:
+            warnings.warn(f"stopped after {ledger.done} of {plan.steps} steps: {why}", stacklevel=3)
+        if why or is_pause():
+            _pause(ledger, hooks, why)
+        if trouble is not None and ledger.stopped is None:
+            raise trouble
+
+
+def _take_steps(
+    ledger: Ledger, step: Callable[..., Any], batch_at: Draw, inputs: Inputs, end: int
+) -> BaseException | None:
+    """Steps up to `end`, or as far as they go, into the ledger; returns what ended them early."""
+    run, trouble = ledger.take(), None
+    outputs: list[Any] = [(run.params, run.state, None)]
+    try:
+        for number in range(ledger.done, end):
+            given = inputs._replace(rows=batch_at(number), step=np.int32(number))
+            # One append: an interrupt finds parameters and records of the same step.
+            outputs.append(step(*outputs[-1][:2], given))
+    except BaseException as error:
+        trouble = error
+    params, state, _ = outputs[-1]
+    if trouble is not None and any(leaf.is_deleted() for leaf in jax.tree.leaves((params, state))):
+        # Within the call of a step, which had taken the buffers over already.
+        raise trouble
+    ledger.give(run._replace(params=params, state=state), [info for _, _, info in outputs[1:]])
+    return trouble
+
+
+def _pause(ledger: Ledger, hooks: Hooks, why: str | None = None) -> None:
+    """Evaluates, keeps the best so far, decides whether to go on, saves; `why` is a reason known already."""
+    metrics = {"step": ledger.done} | ledger.summary()
+    params = hooks.whole(ledger.run.params)
+    if hooks.evaluate is not None:
+        metrics |= _evaluated(hooks.evaluate, params, ledger.seen)
+    best = None
+    if ledger.done and hooks.score is not None:
+        value = np.float32(hooks.score(metrics))
+        if value > ledger.run.best.score:
+            new = Best(jnp.float32(value), jnp.int32(ledger.done), owned(ledger.run.params))
+            best = hooks.on_mesh(new)
+    if ledger.done and hooks.stop is not None:
+        why = why or hooks.stop(metrics) or None
+    ledger.evaluated(metrics | ({"stopped": why} if why else {}), best)
+    for callback in hooks.callbacks:
+        callback(params, metrics)
+
+
+def _evaluated(
+    evaluate: Callable[[PyTree], dict[str, float]], params: PyTree, seen: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """What evaluate returns, as floats; ValueError for names that metrics have already."""
+    found = {name: float(value) for name, value in evaluate(params).items()}
+    if taken := found.keys() & {"step", "stopped", *seen}:
+        raise ValueError(
+            f"evaluate returns {', '.join(sorted(taken))}, which the run itself reports: rename it"
+        )
+    return found
+
+
+def _looks_broken(skipped: np.ndarray) -> str | None:
+    """What to look at where the last steps were all skipped."""
+    before = skipped[-SKIPPED_IN_A_ROW - 1] if len(skipped) > SKIPPED_IN_A_ROW else 0
+    if len(skipped) < SKIPPED_IN_A_ROW or skipped[-1] - before < SKIPPED_IN_A_ROW:
+        return None
+    return (
+        f"the last {SKIPPED_IN_A_ROW} steps were skipped, for a loss or a gradient was not finite: "
+        "look at the labels, the losses (log_losses needs them > 0) and the learning rate"
+    )
+
+
+def _nbytes(batch: PyTree) -> int:
+    return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(batch))

@@ -1,0 +1,76 @@
+"""What a run is asked to do: how long, in what batches, with which functions."""
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from eupmu_jax.method.types import PyTree
+from eupmu_jax.run.batches import Draw, RetainSets, Sizes, check_set, check_whole, retain_sets
+
+
+class Plan(NamedTuple):
+    """How long a run is and what a batch is; as it stands in run.json."""
+
+    steps: int
+    every: int
+    seed: int
+    forget_rows: int
+    retain_rows: list[int]
+
+
+def planned(
+    steps: int | None,
+    epochs: float | None,
+    every: int | None,
+    batch_size: int | tuple[int, Sizes],
+    seed: int,
+    forget: PyTree | Draw,
+    retain: PyTree | Draw,
+) -> tuple[Plan, RetainSets]:
+    """The plan, and the retain sets with the rows of a batch of each."""
+    check_whole(seed, "seed", least=0)
+    sizes: Any = batch_size if isinstance(batch_size, tuple | list) else (batch_size, batch_size)
+    if len(sizes) != 2:
+        raise ValueError(
+            f"batch_size must be a number, or two of the forget and the retain batch, got {batch_size!r}"
+        )
+    check_whole(sizes[0], "batch_size")
+    sets = retain_sets(retain, sizes[1])
+    steps = _number_of_steps(steps, epochs, forget, int(sizes[0]))
+    every = max(1, steps // 10) if every is None else every
+    check_whole(every, "every")
+    return Plan(steps, int(every), int(seed), int(sizes[0]), list(sets.sizes.values())), sets
+
+
+def _number_of_steps(steps: int | None, epochs: float | None, forget: PyTree | Draw, batch_size: int) -> int:
+    if (steps is None) == (epochs is None):
+        raise ValueError("give steps or epochs, one of the two")
+    if epochs is not None:
+        if callable(forget):
+            raise ValueError("epochs needs forget as arrays: a function has no known length, give steps")
+        if not isinstance(epochs, int | float) or not 0 < epochs < np.inf:
+            raise ValueError(f"epochs must be a number > 0, got {epochs!r}")
+        steps = int(np.ceil(epochs * check_set(forget, "forget", batch_size) / batch_size))
+    check_whole(steps, "steps")
+    assert steps is not None
+    return int(steps)
+
+
+def check_functions(callbacks: object, **functions: object) -> None:
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function or None, got {function!r}")
+    if not isinstance(callbacks, list | tuple) or not all(map(callable, callbacks)):
+        raise TypeError(f"callbacks must be a list of functions (params, metrics), got {callbacks!r}")
+
+
+def check_places(folder: object, mesh: object) -> None:
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh or None, got {type(mesh).__name__}")
+    if jax.process_count() > 1:
+        raise ValueError("unlearn runs in one process: use training_step where there are several")
+    if folder is not None and not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder must be a path or None, got {type(folder).__name__}")
