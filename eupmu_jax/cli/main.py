@@ -1,11 +1,8 @@
 """The command line: eupmu unlearn, evaluate and report, for a model that `export_model` has written."""
 
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import pathlib
-import platform
 import shutil
 import sys
 from collections.abc import Callable
@@ -27,7 +24,8 @@ from eupmu_jax.cli.exported import FUNCTION, load_model, logits_in_batches
 from eupmu_jax.evaluation import membership_attack
 from eupmu_jax.method.losses import Losses
 from eupmu_jax.run.batches import check_set
-from eupmu_jax.run.folder import write_whole
+from eupmu_jax.run.files import write_whole
+from eupmu_jax.run.provenance import provenance
 from eupmu_jax.run.stopping import reached
 from eupmu_jax.run.unlearn import unlearn
 
@@ -338,14 +336,7 @@ def write_config(config: Unlearn, settings: dict[str, Any]) -> None:
     path = config.folder / "config.json"
     if path.exists():
         return
-    packages = ("eupmu_jax", "jax", "jaxlib", "optax", "flax", "numpy")
-    made_by = {
-        "versions": {"python": platform.python_version()}
-        | {package: importlib.metadata.version(package) for package in packages},
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}",
-        "date": datetime.datetime.now().isoformat(timespec="seconds"),
-    }
-    write_whole(path, json.dumps({"config": settings, "made by": made_by}, indent=2) + "\n")
+    write_whole(path, json.dumps({"config": settings, "made by": provenance()}, indent=2) + "\n")
 
 
 def run_evaluate(config: Evaluate) -> None:

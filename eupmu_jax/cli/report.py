@@ -1,7 +1,5 @@
 """One page of a run: what it was, how it went, what came out."""
 
-import base64
-import html
 import json
 import os
 import pathlib
@@ -9,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
-table{border-collapse:collapse;display:block;overflow-x:auto}
-td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}
-th:first-child,td:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;padding:1em;overflow:auto}"""
+from eupmu_jax.cli import page
+from eupmu_jax.run.files import write_whole
 
 
 def write(folder: str | os.PathLike) -> pathlib.Path:
@@ -20,27 +16,23 @@ def write(folder: str | os.PathLike) -> pathlib.Path:
     folder = pathlib.Path(folder)
     run, steps, evaluations = read(folder)
     draw(folder / "curves.png", run["settings"], steps, evaluations)
-    image = base64.b64encode((folder / "curves.png").read_bytes()).decode()
-    parts = [sentence(run, steps, evaluations), f'<img alt="curves" src="data:image/png;base64,{image}">']
+    parts = [page.paragraph(sentence(run, steps, evaluations)), page.picture(folder / "curves.png")]
     if (path := folder / "evaluation.json").exists():
         for name, sets in json.loads(path.read_text()).items():
-            parts.append(f"<h2>{html.escape(name)}</h2>{table(sets)}")
+            parts += [page.heading(name), page.table(sets.items())]
     if evaluations:
-        kept = {
-            f"{line['step']}": {k: v for k, v in line.items() if is_number(v) and k != "step"}
+        numbers = lambda line: {name: value for name, value in line.items() if is_number(value)}
+        rows = [
+            (f"{line['step']}", {k: v for k, v in numbers(line).items() if k != "step"})
             for line in evaluations
-        }
-        parts.append(f"<h2>Evaluations, by steps done</h2>{table(kept)}")
+        ]
+        parts += [page.heading("Evaluations, by steps done"), page.table(rows)]
     for name in ("config.json", "run.json"):
         if (path := folder / name).exists():
-            parts.append(f"<h2>{name}</h2><pre>{html.escape(path.read_text())}</pre>")
-    title = html.escape(folder.resolve().name)
-    head = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    )
-    page = folder / "report.html"
-    page.write_text(f"{head}<h1>{title}</h1>{''.join(parts)}</html>\n")
-    return page
+            parts += [page.heading(name), page.preformatted(path.read_text())]
+    written = folder / "report.html"
+    write_whole(written, page.page(folder.resolve().name, parts))
+    return written
 
 
 def read(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray], list[dict[str, Any]]]:
@@ -114,23 +106,11 @@ def sentence(run: dict[str, Any], steps: dict[str, np.ndarray], evaluations: Any
         parts.append(f"{skipped} steps were skipped, for a loss or a gradient was not finite.")
     if np.any(steps["infeasible"][-1]):
         parts.append("The budget looks infeasible: fine-tuning alone would not hold it.")
-    return f"<p>{html.escape(' '.join(parts))}</p>"
+    return " ".join(parts)
 
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """Rows of named numbers as HTML."""
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    cell = lambda row, name: f"{row[name]:.4g}" if name in row else ""
-    lines = ["".join(f"<th>{html.escape(name)}</th>" for name in ["", *names])]
-    for label, row in rows.items():
-        lines.append(
-            f"<td>{html.escape(label)}</td>" + "".join(f"<td>{cell(row, name)}</td>" for name in names)
-        )
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 def as_text(models: dict[str, dict[str, dict[str, float]]]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from eupmu_jax.method.types import PyTree
+from eupmu_jax.run.files import write_whole
 from eupmu_jax.run.leaves import by_path
 
 
@@ -145,13 +146,3 @@ def read_description(path: pathlib.Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not the description of a run: {error}") from error
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Replaces the file at once: a reader, or a run that was killed, sees the old or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -28,6 +27,7 @@ from eupmu_jax.run.leaves import by_path, check_numeric, joined, parted
 from eupmu_jax.run.ledger import Best, Ledger, Run
 from eupmu_jax.run.loop import Hooks, Inputs, Metrics, on_inputs, run_to_the_end
 from eupmu_jax.run.plan import check_functions, check_places, planned
+from eupmu_jax.run.progress import progress_bar
 
 P = TypeVar("P")
 
@@ -208,25 +208,3 @@ def _utilities(losses_fn: LossesFn, params: PyTree, batch: PyTree, sets: RetainS
             f"retain loss of shape ({len(sets.sets)},), got {shape}; arrays of one set have one length"
         )
     return shape
-
-
-@contextlib.contextmanager
-def progress_bar(steps: int):
-    """show(done, seen): a live bar in a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda done, seen: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    text = TextColumn("{task.fields[losses]}")
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), text)
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=steps, losses="")
-
-        def show(done: int, seen: dict[str, np.ndarray]) -> None:
-            names = ("forget_loss", "retain_loss", "violation", "multiplier")
-            losses = "  ".join(f"{name} {np.max(seen[name][done - 1]):.4g}" for name in names)
-            bar.update(task, completed=done, losses=losses)
-
-        yield show

@@ -2,21 +2,15 @@
 
 import dataclasses
 import pathlib
-import sys
-import time
-
-import numpy as np
-import tyro
-from rich.console import Console
 
 from experiments.budget import convergence, report, study, utilities
-from experiments.classification.bench import make_bench, open_records
-from experiments.classification.configs import CONFIGS, FASHION_MNIST
-from experiments.classification.report import describe
-from experiments.classification.study import saved_task, trained
+from experiments.shared import command
+from experiments.shared.configs import CONFIGS, FASHION_MNIST
 from experiments.shared.data.images import FASHION_MNIST_DIR
-from experiments.shared.report import note_session, saved_config, start_run
+from experiments.shared.records import open_records
+from experiments.shared.report import note_session, start_run, tables_of
 from experiments.shared.terminal import progress_bar
+from experiments.shared.testbed import describe, make_testbed, original_models, saved_task
 
 BUDGET_OF_CLASSES = 0.2
 
@@ -40,45 +34,29 @@ class Config:
     runs_dir: pathlib.Path = pathlib.Path("runs")
     """Where the run's folder is made."""
 
-    resume: pathlib.Path | None = None
-    """The folder of an interrupted run to continue with that run's settings."""
 
-
-def main(config: Config) -> pathlib.Path:
-    console = Console()
-    start = time.perf_counter()
-    smoke = saved_config(config.resume, "budget")["smoke"] if config.resume else config.smoke
-    scale = study.SMOKE if smoke else study.FULL
-    base = CONFIGS["smoke"] if smoke else dataclasses.replace(FASHION_MNIST, data_dir=config.data_dir)
-    bench = make_bench(base)
-    path = config.resume or start_run(config.runs_dir, "budget", config)
-    console.print(f"{path} (interrupted? --resume {path})", soft_wrap=True, highlight=False)
-    runs = study.all_runs(scale)
+def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
+    scale = study.SMOKE if config.smoke else study.FULL
+    base = CONFIGS["smoke"] if config.smoke else dataclasses.replace(FASHION_MNIST, data_dir=config.data_dir)
+    testbed = make_testbed(base)
+    path = resume or start_run(config.runs_dir, "budget", config)
     class_runs = len(utilities.VARIANTS) * len(scale.class_rates) * len(scale.seeds)
-    amount = len(runs) + class_runs + len(scale.seeds)
-    with open_records(path / "records.jsonl") as records, progress_bar(console, amount) as progress:
-        note_session(path)
-        tasks = {spec: saved_task(bench, path, spec) for spec in (*scale.tasks, scale.class_task)}
-        everything = np.arange(bench.data.train.size)
-        originals = trained(bench, path, "original", everything, scale.seeds, progress)
-        study.run_all(bench, records, tasks, originals, runs, progress)
-        settings = (scale.class_rates, BUDGET_OF_CLASSES, progress)
-        utilities.run_all(bench, records, tasks[scale.class_task], originals, *settings)
+    amount = len(study.all_runs(scale)) + class_runs + len(scale.seeds)
+    with command.working_in(path) as console:
+        with open_records(path / "records.jsonl") as records, progress_bar(console, amount) as progress:
+            note_session(path)
+            tasks = {spec: saved_task(testbed, path, spec) for spec in (*scale.tasks, scale.class_task)}
+            originals = original_models(testbed, path, scale.seeds, progress)
+            study.run_all(testbed, records, tasks, originals, scale, progress)
+            class_task, rates = tasks[scale.class_task], scale.class_rates
+            utilities.run_all(testbed, records, class_task, originals, rates, BUDGET_OF_CLASSES, progress)
         console.print("convex problems", highlight=False)
         curves = convergence.run(**scale.convergence)
-        sections = report.write_report(
-            path, records.by_key, scale, BUDGET_OF_CLASSES, curves, describe(path, bench)
-        )
-    for section in sections[:1]:
-        console.print(section[0].to_markdown(), highlight=False)
-    console.print(f"{time.perf_counter() - start:.0f} s. All of it: {path / 'report.html'}", soft_wrap=True)
+        origin = describe(path, testbed)
+        sections = report.write_report(path, records.by_key, scale, BUDGET_OF_CLASSES, curves, origin)
+        console.print(tables_of(sections[0])[0].to_markdown(), highlight=False)
     return path
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, prog="python -m experiments.budget"))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command.run(main, Config)

@@ -8,92 +8,90 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import eupmu_jax as eu
 from eupmu_jax.method import budget as pid
-from eupmu_jax.method.losses import Losses
-from experiments.shared.methods.eupmu import eupmu, eupmu_budget
+from eupmu_jax.method.controller import Controller, make_controller
+from eupmu_jax.method.eupmu import controlled
+from eupmu_jax.method.losses import cotangents, is_usable
+from eupmu_jax.method.state import SurgeryState, initial_state
+from experiments.shared.methods.eupmu import eupmu, eupmu_budget, method_of
 from experiments.shared.methods.exact_surgery import exact_surgery_budget
-from experiments.shared.methods.method import Apply, Method, descend, random_label_losses, record
+from experiments.shared.methods.method import BatchLosses, LossFunctions, Method, Params, forget_and_retain
 
-
-class Rule(NamedTuple):
-    """init() -> state; update(state, y, forget_loss) -> (multiplier, state).
-
-    y is the observed share of the budget spent.
-    """
-
-    init: Callable[[], Any]
-    update: Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Number = jax.Array | float
+MakeController = Callable[[Number, Number], Controller]
+"""(budget, baseline) -> Controller."""
 
 
 def steered(
-    rule: Rule,
-    apply: Apply,
+    make: MakeController,
+    losses: LossFunctions,
     optimizer: optax.GradientTransformation,
     *,
-    budget,
-    baseline,
-    observe: Callable[[Any], jax.Array] | None = None,
-    ahead: bool = False,
+    budget: Number,
+    baseline: Number,
 ) -> Method:
-    """Descends (U + lambda R) / (1 + lambda) under the rule's lambda.
+    """The package's method under another controller."""
+    return method_of(controlled(forget_and_retain(losses), optimizer, make(budget, baseline)))
 
-    It observes the batch's retain loss; or that of the last batch after the step on it (`ahead`); or
-    observe(params).
+
+def from_spending(
+    init: Any, update: Callable[[Any, jax.Array], tuple[jax.Array, Any]], budget: Number, baseline: Number
+) -> Controller:
+    """The controller whose multiplier follows the share of the budget that a batch says is spent.
+
+    `init` is what it remembers at first, update(memory, spent) -> (multiplier, memory).
     """
-    losses_fn = random_label_losses(apply)
 
-    def init(params, batches):
-        del batches
-        return rule.init(), optimizer.init(params), jnp.asarray(baseline, jnp.float32)
+    def before(state: SurgeryState, losses: eu.Losses) -> SurgeryState:
+        multiplier, memory = update(state.controller_state, (losses.retain - baseline) / budget)
+        violation = losses.retain - baseline - budget
+        return state._replace(multiplier=multiplier, controller_state=memory, violation=violation)
 
-    def step(params, state, batch):
-        rule_state, optimizer_state, seen_ahead = state
-        losses, pull = jax.vjp(lambda params: losses_fn(params, batch), params)
-        seen = observe(params) if observe else seen_ahead if ahead else losses.retain
-        multiplier, rule_state = rule.update(rule_state, (seen - baseline) / budget, losses.forget)
-        weights = losses._replace(forget=1 / (1 + multiplier), retain=multiplier / (1 + multiplier))
-        params, optimizer_state = descend(optimizer, pull(weights)[0], optimizer_state, params)
-        if ahead:
-            seen_ahead = losses_fn(params, batch).retain
-        seen = record(losses.forget, losses.retain, multiplier)
-        return params, (rule_state, optimizer_state, seen_ahead), seen
+    def after(state: SurgeryState, losses: eu.Losses, observed: jax.Array) -> SurgeryState:
+        raise NotImplementedError("nothing is observed after a step")
 
-    return Method(init, step)
+    return Controller(
+        init=lambda: initial_state(1.0, lambda multiplier: init),
+        before=before,
+        after=after,
+        weights=partial(cotangents, log_losses=False, normalize_weights=True),
+        usable=partial(is_usable, log_losses=False),
+        holds=lambda state: jnp.asarray(False),
+        observes="nothing",
+    )
 
 
-def dual_ascent(optimizer: optax.GradientTransformation) -> Rule:
-    """lambda <- max(0, lambda + optimiser's step along y - 1), lambda_0 = 1."""
+def dual_ascent(optimizer: optax.GradientTransformation) -> MakeController:
+    """lambda <- max(0, lambda + optimiser's step along y - 1), lambda_0 = 1, y the share spent."""
 
-    def update(state, y, forget_loss):
-        del forget_loss
-        multiplier, inner = state
+    def update(memory, y):
+        multiplier, inner = memory
         updates, inner = optimizer.update(1 - y, inner, multiplier)
         multiplier = jnp.maximum(0.0, multiplier + updates)
         return multiplier, (multiplier, inner)
 
-    return Rule(lambda: (jnp.ones([]), optimizer.init(jnp.ones([]))), update)
+    return partial(from_spending, (jnp.ones([]), optimizer.init(jnp.ones([]))), update)
 
 
-def proportional_integral() -> Rule:
+def proportional_integral(budget: Number, baseline: Number) -> Controller:
     """lambda = max(0, 1 + smoothed error + 0.03 sum of errors), as nuPI, arXiv 2406.04558."""
 
-    def update(state, y, forget_loss):
-        del forget_loss
-        smoothed, total = state
+    def update(memory, y):
+        smoothed, total = memory
         smoothed = 0.9 * smoothed + 0.1 * (y - 1)
         # The sum stops where the multiplier is 0: else it would have to climb back.
         total = jnp.maximum(total + 0.03 * (y - 1), -1 - smoothed)
         return jnp.maximum(0.0, 1 + smoothed + total), (smoothed, total)
 
-    return Rule(lambda: (jnp.zeros([]), jnp.zeros([])), update)
+    return from_spending((jnp.zeros([]), jnp.zeros([])), update, budget, baseline)
 
 
-def secant() -> Rule:
+def secant(budget: Number, baseline: Number) -> Controller:
     """Dual ascent whose step is a tenth of the error over |dy / d lambda|, a secant of what was observed."""
 
-    def update(state, y, forget_loss):
-        del forget_loss
-        multiplier, change, slope, smoothed = state
+    def update(memory, y):
+        multiplier, change, slope, smoothed = memory
         smoothed_now = 0.8 * smoothed + 0.2 * y
         moved = jnp.abs(change) > 1e-6
         observed = jnp.abs(smoothed_now - smoothed) / jnp.where(moved, jnp.abs(change), 1.0)
@@ -102,86 +100,151 @@ def secant() -> Rule:
         new = jnp.maximum(0.0, multiplier + change)
         return new, (new, new - multiplier, slope, smoothed_now)
 
-    return Rule(lambda: (jnp.ones([]), jnp.zeros([]), jnp.ones([]), jnp.zeros([])), update)
+    start = (jnp.ones([]), jnp.zeros([]), jnp.ones([]), jnp.zeros([]))
+    return from_spending(start, update, budget, baseline)
 
 
-def barrier() -> Rule:
+def barrier(budget: Number, baseline: Number) -> Controller:
     """Adam on the violation of one step, whose tolerance is a twentieth of what is left of the budget."""
     optimizer = optax.adam(0.05)
 
-    def update(state, y, forget_loss):
-        del forget_loss
-        multiplier, inner, last, smoothed = state
+    def update(memory, y):
+        multiplier, inner, last, smoothed = memory
         smoothed = 0.8 * smoothed + 0.2 * y
         updates, inner = optimizer.update(-(y - last - 0.05 * (1 - smoothed)), inner, multiplier)
         multiplier = jnp.maximum(0.0, multiplier + updates)
         return multiplier, (multiplier, inner, y, smoothed)
 
-    start = jnp.ones([])
-    return Rule(lambda: (start, optimizer.init(start), jnp.zeros([]), jnp.zeros([])), update)
+    start = (jnp.ones([]), optimizer.init(jnp.ones([])), jnp.zeros([]), jnp.zeros([]))
+    return from_spending(start, update, budget, baseline)
 
 
-def multiplicative() -> Rule:
+def multiplicative(budget: Number, baseline: Number) -> Controller:
     """log lambda <- log lambda + 0.1 (smoothed y - 1)."""
 
-    def update(state, y, forget_loss):
-        del forget_loss
-        exponent, smoothed = state
+    def update(memory, y):
+        exponent, smoothed = memory
         smoothed = 0.8 * smoothed + 0.2 * y
         exponent = jnp.clip(exponent + 0.1 * jnp.clip(smoothed - 1, -1, 4), pid.LOWEST, pid.HIGHEST)
         return jnp.exp(exponent), (exponent, smoothed)
 
-    return Rule(lambda: (jnp.zeros([]), jnp.zeros([])), update)
+    return from_spending((jnp.zeros([]), jnp.zeros([])), update, budget, baseline)
 
 
-def fixed_gains() -> Rule:
+def fixed_gains(budget: Number, baseline: Number) -> Controller:
     """The package's controller with the same gains however noisy the observations, aimed at the budget."""
 
-    def update(state, y, forget_loss):
-        del forget_loss
-        smoothed, total = state
+    def update(memory, y):
+        smoothed, total = memory
         before, smoothed = smoothed, 0.8 * smoothed + 0.2 * y
         total = jnp.clip(total + 0.1 * (smoothed - 1), -3, 6)
         exponent = 3 * (smoothed - 1) + total + 10 * (smoothed - before)
         return jnp.exp(jnp.clip(exponent, -8, 8)), (smoothed, total)
 
-    return Rule(lambda: (jnp.zeros([]), jnp.zeros([])), update)
+    return from_spending((jnp.zeros([]), jnp.zeros([])), update, budget, baseline)
 
 
-def packaged() -> Rule:
-    """The package's controller, to be given other observations."""
+class Ahead(NamedTuple):
+    """A controller's own memory, and the retain loss of the last batch after the step on it."""
 
-    def update(state, y, forget_loss):
-        exponent, state = pid.control(state, Losses(forget_loss, y), jnp.ones([]))
-        return pid.foresight(state) * jnp.exp(exponent), state
-
-    return Rule(lambda: pid.init(jnp.ones([]), 0.0), update)
+    memory: Any
+    seen: jax.Array
 
 
-def released(apply: Apply, optimizer: optax.GradientTransformation, *, budget, baseline) -> Method:
+def looking_ahead(budget: Number, baseline: Number) -> Controller:
+    """The package's controller, shown the retain loss of the last batch after the step on it."""
+    packaged = make_controller(eu.Budget(budget, baseline=baseline), 1.0)
+    alone = lambda state: state._replace(controller_state=state.controller_state.memory)
+
+    def init() -> SurgeryState:
+        state = packaged.init()
+        seen = jnp.asarray(baseline, state.multiplier.dtype)
+        return state._replace(controller_state=Ahead(state.controller_state, seen))
+
+    def before(state: SurgeryState, losses: eu.Losses) -> SurgeryState:
+        seen = state.controller_state.seen
+        stepped = packaged.before(alone(state), losses._replace(retain=seen))
+        return stepped._replace(controller_state=Ahead(stepped.controller_state, seen))
+
+    def after(state: SurgeryState, losses: eu.Losses, observed: jax.Array) -> SurgeryState:
+        return state._replace(controller_state=state.controller_state._replace(seen=observed))
+
+    holds = lambda state: packaged.holds(alone(state))
+    return packaged._replace(init=init, before=before, after=after, holds=holds, observes="lookahead")
+
+
+def seeing_the_full_loss(
+    losses: LossFunctions,
+    optimizer: optax.GradientTransformation,
+    *,
+    budget: Number,
+    baseline: Number,
+    full_retain_loss: Callable[[Params], jax.Array],
+) -> Method:
+    """EUPMU with a budget, whose retain loss has the full set's value and the batch's gradient."""
+    losses_fn = with_value_of(forget_and_retain(losses), full_retain_loss)
+    return method_of(eu.eupmu(losses_fn, optimizer, eu.Budget(budget, baseline=baseline)))
+
+
+def with_value_of(losses_fn: BatchLosses, retain_loss: Callable[[Params], jax.Array]) -> BatchLosses:
+    """The same losses and gradients, but for the value of the retain loss."""
+
+    def full_losses(params, batch):
+        losses = losses_fn(params, batch)
+        # The difference is zero, and has the batch's gradient.
+        shown = jax.lax.stop_gradient(retain_loss(params))
+        return losses._replace(retain=shown + (losses.retain - jax.lax.stop_gradient(losses.retain)))
+
+    return full_losses
+
+
+def released(
+    losses: LossFunctions, optimizer: optax.GradientTransformation, *, budget: Number, baseline: Number
+) -> Method:
     """No budget: the released code's dual optimiser and a demand of .02 nats a step."""
     del budget, baseline
     dual = optax.chain(optax.add_decayed_weights(0.01), optax.adam(1.0))
-    return eupmu(apply, optimizer, demand=0.02, measure="lagged", dual_optimizer=dual, log_losses=True)
+    return eupmu(losses, optimizer, demand=0.02, measure="lagged", dual_optimizer=dual, log_losses=True)
+
+
+def budget_knobs(budget: float, baseline: float) -> dict[str, float]:
+    return {"budget": budget, "baseline": baseline}
+
+
+class Contender(NamedTuple):
+    """One way to descend, with a budget or without.
+
+    Attributes:
+      make: (losses, optimizer, **knobs) -> Method.
+      knobs: (budget, baseline) -> what make is given.
+      sees_all: whether make also takes full_retain_loss, params -> the retain loss of the whole set.
+    """
+
+    make: Callable[..., Method]
+    knobs: Callable[[float, float], dict[str, float]] = budget_knobs
+    sees_all: bool = False
+
+
+def of_controller(make: MakeController) -> Contender:
+    return Contender(partial(steered, make))
 
 
 EUPMU = "EUPMU budget"
 RELEASED = "released dual, no budget"
-FULL_SIGHT = "EUPMU budget, seeing the full loss"
-CONTROLLERS: dict[str, Callable[..., Method]] = {
-    EUPMU: eupmu_budget,
-    "exact surgery budget": exact_surgery_budget,
-    FULL_SIGHT: partial(steered, packaged()),
-    "EUPMU budget, looking ahead": partial(steered, packaged(), ahead=True),
-    "PID, fixed gains": partial(steered, fixed_gains()),
-    "multiplicative": partial(steered, multiplicative()),
-    "PI on lambda": partial(steered, proportional_integral()),
-    "dual ascent, SGD 0.1": partial(steered, dual_ascent(optax.sgd(0.1))),
-    "dual ascent, SGD 1": partial(steered, dual_ascent(optax.sgd(1.0))),
-    "dual ascent, Adam 0.05": partial(steered, dual_ascent(optax.adam(0.05))),
-    "dual ascent, Adam 0.5": partial(steered, dual_ascent(optax.adam(0.5))),
-    "secant steps": partial(steered, secant()),
-    "barrier tolerance": partial(steered, barrier()),
-    RELEASED: released,
+CONTROLLERS: dict[str, Contender] = {
+    EUPMU: Contender(eupmu_budget),
+    "exact surgery budget": Contender(exact_surgery_budget),
+    "EUPMU budget, seeing the full loss": Contender(seeing_the_full_loss, sees_all=True),
+    "EUPMU budget, looking ahead": of_controller(looking_ahead),
+    "PID, fixed gains": of_controller(fixed_gains),
+    "multiplicative": of_controller(multiplicative),
+    "PI on lambda": of_controller(proportional_integral),
+    "dual ascent, SGD 0.1": of_controller(dual_ascent(optax.sgd(0.1))),
+    "dual ascent, SGD 1": of_controller(dual_ascent(optax.sgd(1.0))),
+    "dual ascent, Adam 0.05": of_controller(dual_ascent(optax.adam(0.05))),
+    "dual ascent, Adam 0.5": of_controller(dual_ascent(optax.adam(0.5))),
+    "secant steps": of_controller(secant),
+    "barrier tolerance": of_controller(barrier),
+    RELEASED: Contender(released),
 }
 """By display name, in the order of tables."""

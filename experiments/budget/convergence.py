@@ -153,13 +153,12 @@ def package_step(problem: Problem, at: Setting, rate: Callable):
     tx = eu.eupmu(
         problem.losses,
         optax.sgd(rate),
-        budget=at.budget,
-        retain_baseline=at.baseline,
+        eu.Budget(at.budget, baseline=at.baseline),
         initial_multiplier=jnp.ones([], problem.start.dtype),
     )
 
     def step(x, state, batch):
-        updates, state = tx.update(None, state, x, batch=batch)  # pyright: ignore[reportArgumentType]
+        updates, state = tx.update(None, state, x, batch=batch)
         return optax.apply_updates(x, updates), state, eu.multiplier(state)
 
     return tx.init(jnp.asarray(problem.start)), step

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 
 from experiments.budget.controllers import CONTROLLERS, EUPMU
-from experiments.budget.study import Cell, Scale
+from experiments.budget.study import Cell, Scale, efficiency_cells, weight_names
 from experiments.budget.utilities import ORIGINAL, VARIANTS
-from experiments.classification.bench import RecordsByKey, of_kind
+from experiments.shared.records import RecordsByKey, of_kind
 from experiments.shared.report import Frame, grid, save
 
 SHOWN = (-0.5, 2.5)
@@ -56,16 +56,17 @@ def plot_controllers(path: pathlib.Path, runs: Frame, cells: list[Cell]) -> None
     save(figure, path)
 
 
-def plot_fronts(path: pathlib.Path, runs: Frame, cells: list[Cell]) -> None:
+def plot_fronts(path: pathlib.Path, runs: Frame, scale: Scale) -> None:
     """Constant weights' forget and retain losses, and where EUPMU went without a sweep."""
+    cells = efficiency_cells(scale)
+    weights = runs[runs["controller"].isin(weight_names(scale))]
     problems = list(dict.fromkeys(cell._replace(seed=0) for cell in cells))
     figure, axes = grid(len(problems), 4, 4, 3.2)
     for axis, problem in zip(axes, problems, strict=True):
         for cell in cells:
             if cell._replace(seed=0) != problem:
                 continue
-            swept = runs[runs["controller"].str.startswith("weight ")]
-            swept = swept.merge(pd.DataFrame([cell._replace(budget=0.0)]), on=list(Cell._fields))
+            swept = weights.merge(pd.DataFrame([cell._replace(budget=0.0)]), on=list(Cell._fields))
             swept = swept.sort_values("rise")
             colour = f"C{cell.seed}"
             label = "constant weights" if cell.seed == cells[0].seed else None
@@ -136,7 +137,7 @@ def plot_utilities(path: pathlib.Path, records: RecordsByKey, budget: float) -> 
                 classes = runs[0]["classes"]
                 x = np.arange(len(classes)) + 0.2 * (k - 1.5)
                 axis.bar(x, np.mean(changes, 0), width=0.2, label=name)
-            axis.set_xticks(range(len(classes)), classes)
+            axis.set_xticks(range(len(classes)), map(str, classes))
             axis.set(xlabel="class", ylabel=label, title=f"rate {rate:g}")
             axis.axhline(0, color="black", linewidth=0.6)
             if unit != 1.0:

@@ -16,10 +16,12 @@ from experiments.budget.study import (
     comparison_cells,
     efficiency_cells,
     grid_cells,
+    weight_names,
 )
 from experiments.budget.utilities import ORIGINAL
-from experiments.classification.bench import RecordsByKey, of_kind
-from experiments.shared.report import Frame, Section, write_csv, write_markdown, write_page
+from experiments.shared.records import RecordsByKey, of_kind
+from experiments.shared.report import Frame, Origin, Picture, Section, write_csv
+from experiments.shared.report import write_report as write_sections
 
 LAST = 5
 """Of a run's stored means, so many count as its end: about a tenth of the steps."""
@@ -117,7 +119,7 @@ def best_constant(front: Frame, rise: float) -> float:
 
 def efficiency_frame(runs: Frame, scale: Scale) -> Frame:
     """For each of the named cells: EUPMU's forget loss and that of the best constant weight."""
-    weights = runs[runs["controller"].str.startswith("weight ")]
+    weights = runs[runs["controller"].isin(weight_names(scale))]
     lines = []
     for cell in efficiency_cells(scale):
         ours = chosen(runs, EUPMU, [cell]).iloc[0]
@@ -180,7 +182,14 @@ def utilities_tables(records: RecordsByKey, budget: float) -> Frame:
     return frame
 
 
-def write_report(path: pathlib.Path, records: RecordsByKey, scale: Scale, budget: float, curves, origin):
+def write_report(
+    path: pathlib.Path,
+    records: RecordsByKey,
+    scale: Scale,
+    budget: float,
+    curves: Frame,
+    origin: Origin,
+) -> list[Section]:
     """All tables and pictures of a finished study; returns the sections to show first."""
     runs = runs_frame(records)
     grid = chosen(runs, EUPMU, grid_cells(scale))
@@ -188,7 +197,7 @@ def write_report(path: pathlib.Path, records: RecordsByKey, scale: Scale, budget
     write_csv(path / "runs.csv", runs, origin)
     plots.plot_spending(path / "spending.png", grid)
     plots.plot_controllers(path / "controllers.png", runs, comparison_cells(scale))
-    plots.plot_fronts(path / "fronts.png", runs, efficiency_cells(scale))
+    plots.plot_fronts(path / "fronts.png", runs, scale)
     plots.plot_before_and_after(path / "before_and_after.png", records, (RELEASED, EUPMU), scale)
     plots.plot_utilities(path / "utilities.png", records, budget)
     convergence.plot(path / "convergence.png", curves)
@@ -216,15 +225,16 @@ def write_report(path: pathlib.Path, records: RecordsByKey, scale: Scale, budget
     rates = convergence.rates(curves).map(lambda value: "-" if np.isnan(value) else f"{value:.2f}")
     rates.index = pd.Index([", ".join(names) for names in rates.index], name="exponent of t")
     sections = [
-        Section("Three figures", three),
-        Section("Spending", "Rise of the full retain loss / budget.", by_group(grid), "spending.png"),
-        Section("Controllers", controllers_table(runs, scale), "controllers.png"),
-        Section("Efficiency", shown, "fronts.png"),
-        Section("Infeasible budgets", detection_table(grid)),
-        Section("Before and after", "before_and_after.png"),
-        Section("Utilities", utilities, "utilities.png"),
-        Section("Convergence", rates, "convergence.png"),
+        Section("Three figures", [three]),
+        Section(
+            "Spending", ["Rise of the full retain loss / budget.", by_group(grid), Picture("spending.png")]
+        ),
+        Section("Controllers", [controllers_table(runs, scale), Picture("controllers.png")]),
+        Section("Efficiency", [shown, Picture("fronts.png")]),
+        Section("Infeasible budgets", [detection_table(grid)]),
+        Section("Before and after", [Picture("before_and_after.png")]),
+        Section("Utilities", [utilities, Picture("utilities.png")]),
+        Section("Convergence", [rates, Picture("convergence.png")]),
     ]
-    write_markdown(path / "tables.md", "Budgets", sections, origin)
-    write_page(path / "report.html", "Budgets", sections, origin)
+    write_sections(path, "Budgets", sections, origin)
     return sections

@@ -2,7 +2,7 @@
 
 import itertools
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -11,15 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.budget.controllers import CONTROLLERS, EUPMU, FULL_SIGHT, RELEASED
-from experiments.classification.bench import Bench, Records
-from experiments.classification.study import Models
+from experiments.budget.controllers import CONTROLLERS, EUPMU, RELEASED, Contender
 from experiments.shared.forget_sets import Task
-from experiments.shared.loop import make_plan, make_unlearner, momentum
-from experiments.shared.methods import Peer
+from experiments.shared.labels import LabelledExamples
+from experiments.shared.loop import (
+    Plan,
+    Unlearner,
+    in_float32,
+    make_plan,
+    make_unlearner,
+    momentum,
+    taken,
+)
 from experiments.shared.methods.fine_tuning import fine_tuning
-from experiments.shared.methods.method import cross_entropy
-from experiments.shared.methods.random_labels import random_labels
+from experiments.shared.methods.method import Method, Params
+from experiments.shared.methods.scalarisation import scalarisation
+from experiments.shared.records import Record, Records
+from experiments.shared.testbed import Models, Progress, Testbed
 
 FINE_TUNING = "fine-tuning"
 FORGETTING = "forgetting only"
@@ -142,6 +150,10 @@ def weight_name(weight: float) -> str:
     return f"weight {weight:g}"
 
 
+def weight_names(scale: Scale) -> list[str]:
+    return [weight_name(weight) for weight in scale.weights]
+
+
 def all_runs(scale: Scale) -> list[tuple[str, Cell]]:
     """Every (controller, cell), once."""
     runs = [(EUPMU, cell) for cell in grid_cells(scale) + efficiency_cells(scale)]
@@ -154,96 +166,101 @@ def all_runs(scale: Scale) -> list[tuple[str, Cell]]:
         if (cell.inner, cell.rate, cell.schedule) == ("Muon", 0.003, "constant")
     ]
     runs += [
-        (weight_name(weight), cell._replace(budget=0.0))
-        for cell in efficiency_cells(scale)
-        for weight in scale.weights
+        (name, cell._replace(budget=0.0)) for cell in efficiency_cells(scale) for name in weight_names(scale)
     ]
     return list(dict.fromkeys(runs))
 
 
+def contenders(scale: Scale) -> dict[str, Contender]:
+    """Everything that a cell is run under, by display name."""
+    at = lambda weight: Contender(scalarisation, lambda budget, baseline: {"weight": weight})
+    constant = {weight_name(weight): at(weight) for weight in scale.weights}
+    tuned = Contender(fine_tuning, lambda budget, baseline: {})
+    return CONTROLLERS | {FINE_TUNING: tuned, FORGETTING: at(0.0)} | constant
+
+
 def run_all(
-    bench: Bench,
+    testbed: Testbed,
     records: Records,
     tasks: dict[str, Task],
     originals: Models,
-    runs: Iterable[tuple[str, Cell]],
-    progress: Callable[[str, float], None],
+    scale: Scale,
+    progress: Progress,
 ) -> None:
-    run = make_runner(bench, tasks, originals)
-    for name, cell in runs:
-        records.get(("run", name, *cell), partial(run, name, cell))
+    run = make_runner(testbed, tasks, originals)
+    by_name = contenders(scale)
+    for name, cell in all_runs(scale):
+        records.get(("run", name, *cell), partial(run, by_name[name], cell))
         progress(f"{name}: {cell.task}, {cell.inner} {cell.rate:g}", 1)
 
 
-def make_runner(bench: Bench, tasks: dict[str, Task], originals: Models):
-    """run(name, cell) -> what the run came to."""
-    apply, steps = bench.classifier.apply, bench.steps
+def make_runner(
+    testbed: Testbed, tasks: dict[str, Task], originals: Models
+) -> Callable[[Contender, Cell], Record]:
+    """run(contender, cell) -> what the run came to."""
+    train, losses, steps = testbed.train, testbed.losses, testbed.steps
 
-    def retain_loss(params, rows):
-        return cross_entropy(apply, params, bench.train.x[rows], bench.train.y[rows])
+    def retain_loss(params: Params, rows: Any) -> jax.Array:
+        return losses.training(params, taken(train, rows)).mean()
 
     @jax.jit
-    def losses(params, forget_rows, retain_rows):
-        forget = cross_entropy(apply, params, bench.train.x[forget_rows], bench.wrong[forget_rows])
-        return forget, retain_loss(params, retain_rows)
+    def whole_losses(params, forget_rows, retain_rows):
+        return losses.forget(params, taken(train, forget_rows)), retain_loss(params, retain_rows)
 
     @cache
-    def baseline(task: str, seed: int) -> tuple[float, float]:
-        forget, retain = losses(originals[seed][0], tasks[task].forget, tasks[task].retain)
+    def before(task: str, seed: int) -> tuple[float, float]:
+        forget, retain = whole_losses(originals[seed].params, tasks[task].forget, tasks[task].retain)
         return float(forget), float(retain)
 
     @cache
-    def program(name: str, inner: str, schedule: str, task: str):
-        if name == FINE_TUNING:
-            make = fine_tuning
-        elif name == FULL_SIGHT:
-            observe = partial(retain_loss, rows=jnp.asarray(tasks[task].retain))
-            make = partial(CONTROLLERS[name], observe=observe)
-        else:
-            make = CONTROLLERS.get(name, random_labels)
+    def program(make: Callable[..., Method], inner: str, schedule: str):
         optimizer = lambda rate: INNER[inner](lambda step: rate * SCHEDULES[schedule](step / steps))
-        unlearner = make_unlearner(Peer(make), apply, optimizer=optimizer)
+        return compiled(make_unlearner(make, losses, optimizer=optimizer), train, steps)
 
-        @jax.jit
-        def unlearn(knobs, params, key, forget_rows, share, rows):
-            state = unlearner.init(knobs, params, bench.train, bench.wrong, forget_rows)
-            progress = jnp.arange(steps) / steps
-            data = (bench.train, bench.wrong, share, rows, progress)
-            params, _, seen = unlearner.run(knobs, params, state, key, *data)
-            return params, seen
+    @cache
+    def seeing(make: Callable[..., Method], task: str) -> Callable[..., Method]:
+        rows = jnp.asarray(tasks[task].retain)
+        return partial(make, full_retain_loss=partial(retain_loss, rows=rows))
 
-        return unlearn
-
-    def run(name: str, cell: Cell) -> dict[str, Any]:
-        task = tasks[cell.task]
+    def run(contender: Contender, cell: Cell) -> Record:
+        task, original = tasks[cell.task], originals[cell.seed].params
         # Batches of its own for every problem: else the luck of one stream is that of all.
         problem = zlib.crc32(repr(cell._replace(budget=0.0)).encode())
         sizes = {"steps": steps, "batch_size": cell.batch_size, "seed": problem}
         plan = make_plan(task.forget, task.retain, **sizes, independent=True)
-        before = baseline(cell.task, cell.seed)
-        knobs = {"learning_rate": cell.rate}
-        if name in CONTROLLERS:
-            knobs |= {"budget": cell.budget, "baseline": before[1]}
-        elif name != FINE_TUNING:
-            knobs["weight"] = 0.0 if name == FORGETTING else float(name.removeprefix("weight "))
-        knobs = {knob: jnp.float32(value) for knob, value in knobs.items()}
-        kind = name if name in CONTROLLERS or name == FINE_TUNING else "weight"
-        unlearn = program(kind, cell.inner, cell.schedule, cell.task if name == FULL_SIGHT else "")
-        inputs = (jax.random.key(cell.seed), plan.forget_rows, plan.forget_share, plan.rows)
-        params, seen = unlearn(knobs, originals[cell.seed][0], *inputs)
-        forget, retain = map(float, losses(params, task.forget, task.retain))
+        forget_before, retain_before = before(cell.task, cell.seed)
+        knobs = {"learning_rate": cell.rate} | contender.knobs(cell.budget, retain_before)
+        make = seeing(contender.make, cell.task) if contender.sees_all else contender.make
+        unlearn = program(make, cell.inner, cell.schedule)
+        params, seen = unlearn(in_float32(knobs), original, jax.random.key(cell.seed), plan)
+        forget, retain = map(float, whole_losses(params, task.forget, task.retain))
         every = max(1, steps // CHUNKS)
         means = lambda values: np.asarray(values, float)[: steps // every * every].reshape(-1, every).mean(1)
         record = {
             "forget_loss": forget,
             "retain_loss": retain,
-            "before": before,
-            "rises": (means(seen["retain_loss"]) - before[1]).round(5).tolist(),
+            "before": (forget_before, retain_before),
+            "rises": (means(seen["retain_loss"]) - retain_before).round(5).tolist(),
         }
-        if name != FINE_TUNING:
-            record["multipliers"] = np.exp(means(np.log(seen["multiplier"] + 1e-6))).round(5).tolist()
+        multipliers = np.asarray(seen["multiplier"])
+        if np.any(np.isfinite(multipliers)):
+            record["multipliers"] = np.exp(means(np.log(multipliers + 1e-6))).round(5).tolist()
         if "infeasible" in seen:
             record["infeasible"] = bool(seen["infeasible"][-1])
         return record
 
     return run
+
+
+def compiled(unlearner: Unlearner, train: LabelledExamples, steps: int):
+    """unlearn(knobs, params, key, plan) -> (params, what each step saw), one program for all settings."""
+
+    @jax.jit
+    def unlearn(knobs, params, key, plan: Plan):
+        state = unlearner.init(knobs, params, train, plan.forget_set)
+        progress = jnp.arange(steps) / steps
+        data = (train, plan.forget_share, plan.rows, progress)
+        params, _, seen = unlearner.run(knobs, params, state, key, *data)
+        return params, seen
+
+    return unlearn

@@ -10,10 +10,10 @@ import optax
 
 import eupmu_jax as eu
 from eupmu_jax.evaluation import step_cost
-from experiments.classification.bench import Bench, Records
-from experiments.classification.study import Models
 from experiments.shared.forget_sets import Task
 from experiments.shared.loop import momentum
+from experiments.shared.records import Records
+from experiments.shared.testbed import Models, Progress, Testbed
 
 FORGET_BATCH, PER_CLASS = 64, 28
 ORIGINAL = "before"
@@ -66,37 +66,37 @@ def make_losses(apply, each_class: bool, held_out: bool) -> Callable[[Any, Batch
 
 
 def run_all(
-    bench: Bench,
+    testbed: Testbed,
     records: Records,
     task: Task,
     originals: Models,
     rates: tuple[float, ...],
     budget: float,
-    progress: Callable[[str, float], None],
+    progress: Progress,
 ) -> None:
     """A record for each variant, rate and model, and for each model before unlearning."""
+    judge = make_judge(testbed, task)
     for seed, (original, _) in originals.items():
-        judge = make_judge(bench, task)
-        records.get(("utilities", ORIGINAL, 0.0, seed), lambda p=original, judge=judge: judge(p))
+        records.get(("utilities", ORIGINAL, 0.0, seed), lambda p=original: judge(p))
         for name, (each_class, held_out) in VARIANTS.items():
             for rate in rates:
                 key = ("utilities", name, rate, seed)
                 work = lambda e=each_class, h=held_out, r=rate, p=original, s=seed: unlearn(
-                    bench, task, p, e, h, r, budget, s
+                    testbed, task, p, e, h, r, budget, s
                 )
                 records.get(key, work)
                 progress(f"{name}, rate {rate:g}", 1)
 
 
-def make_judge(bench: Bench, task: Task):
+def make_judge(testbed: Testbed, task: Task):
     """judge(params) -> losses and accuracies of each class that is kept, and of the forget set."""
-    kept = kept_classes(bench, task)
-    parts = {"train": bench.data.train[task.retain], "held_out": bench.data.validation}
-    parts["test"] = bench.data.test
+    kept = kept_classes(testbed, task)
+    parts = {"train": testbed.data.train[task.retain], "held_out": testbed.data.validation}
+    parts["test"] = testbed.data.test
 
     @jax.jit
     def losses_and_hits(params, x, y):
-        logits = bench.classifier.apply(params, x)
+        logits = testbed.classifier.apply(params, x)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
         return losses, logits.argmax(-1) == y
 
@@ -106,58 +106,57 @@ def make_judge(bench: Bench, task: Task):
             losses, hits = losses_and_hits(params, part.x, part.y)
             for what, values in (("loss", np.asarray(losses)), ("accuracy", 100 * np.asarray(hits))):
                 found[f"{name} {what}"] = [float(values[part.y == label].mean()) for label in kept]
-        x = bench.train.x[task.forget]
-        found["forget_loss"] = float(losses_and_hits(params, x, bench.wrong[task.forget])[0].mean())
-        hits = losses_and_hits(params, x, bench.train.y[task.forget])[1]
+        x = testbed.train.x[task.forget]
+        found["forget_loss"] = float(losses_and_hits(params, x, testbed.train.wrong[task.forget])[0].mean())
+        hits = losses_and_hits(params, x, testbed.train.y[task.forget])[1]
         return found | {"forget_accuracy": 100 * float(hits.mean()), "classes": kept}
 
     return judge
 
 
-def kept_classes(bench: Bench, task: Task) -> list[int]:
-    return np.unique(bench.data.train.y[task.retain]).tolist()
+def kept_classes(testbed: Testbed, task: Task) -> list[int]:
+    return np.unique(testbed.data.train.y[task.retain]).tolist()
 
 
 def unlearn(
-    bench: Bench, task: Task, original, each_class: bool, held_out: bool, rate, budget, seed: int
+    testbed: Testbed, task: Task, original, each_class: bool, held_out: bool, rate, budget, seed: int
 ) -> dict[str, Any]:
     """One run of EUPMU with a budget, judged; and the FLOPs of one of its steps."""
-    kept = kept_classes(bench, task)
-    before = make_judge(bench, task)(original)["held_out loss" if held_out else "train loss"]
+    kept = kept_classes(testbed, task)
+    before = make_judge(testbed, task)(original)["held_out loss" if held_out else "train loss"]
     baseline = jnp.asarray(before if each_class else np.mean(before), jnp.float32)
     tx = eu.eupmu(
-        make_losses(bench.classifier.apply, each_class, held_out),
+        make_losses(testbed.classifier.apply, each_class, held_out),
         momentum(rate),
-        budget=budget,
-        retain_baseline=baseline,
+        eu.Budget(budget, baseline=baseline),
         initial_multiplier=jnp.full(len(kept), 1 / len(kept)) if each_class else 1.0,
     )
-    validation = jax.tree.map(jnp.asarray, bench.data.validation)
-    retain_y = bench.data.train.y[task.retain]
+    validation = jax.tree.map(jnp.asarray, testbed.data.validation)
+    retain_y = testbed.data.train.y[task.retain]
     rng = np.random.default_rng((seed, 7))
 
     def rows(of: Callable[[int], np.ndarray]):
-        drawn = [rng.choice(of(label), (bench.steps, PER_CLASS)) for label in kept]
+        drawn = [rng.choice(of(label), (testbed.steps, PER_CLASS)) for label in kept]
         return np.stack(drawn, 1).astype(np.int32)
 
     plan = (
-        rng.choice(task.forget, (bench.steps, FORGET_BATCH)).astype(np.int32),
+        rng.choice(task.forget, (testbed.steps, FORGET_BATCH)).astype(np.int32),
         rows(lambda label: task.retain[retain_y == label]),
-        rows(lambda label: np.flatnonzero(bench.data.validation.y == label)),
+        rows(lambda label: np.flatnonzero(testbed.data.validation.y == label)),
     )
 
     def make_batch(forget, retain, feedback):
-        images = Images(bench.train.x[retain], bench.train.y[retain])
+        images = Images(testbed.train.x[retain], testbed.train.y[retain])
         others = Images(validation.x[feedback], validation.y[feedback])
-        return Batch(bench.train.x[forget], bench.wrong[forget], images, others)
+        return Batch(testbed.train.x[forget], testbed.train.wrong[forget], images, others)
 
     def step(carry, inputs):
         params, state = carry
-        updates, state = tx.update(None, state, params, batch=make_batch(*inputs))  # pyright: ignore[reportArgumentType]
+        updates, state = tx.update(None, state, params, batch=make_batch(*inputs))
         return (optax.apply_updates(params, updates), state), eu.surgery_info(state)
 
     start = (original, tx.init(original))
     flops = step_cost(step, start, jax.tree.map(lambda leaf: leaf[0], plan))["flops"]
     (params, _), seen = jax.jit(lambda start: jax.lax.scan(step, start, plan))(start)
-    found = make_judge(bench, task)(params)
+    found = make_judge(testbed, task)(params)
     return found | {"flops": flops, "multipliers": np.asarray(seen.multiplier[-1]).ravel().tolist()}

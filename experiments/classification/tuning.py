@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.stats import qmc
 
-from experiments.shared.methods import Peer
+from experiments.shared.peers import Peer
 
 FULLY_FORGOTTEN = 99.5
 

@@ -2,19 +2,16 @@
 
 import dataclasses
 import pathlib
-import sys
-import time
 from typing import Literal
 
-import tyro
-from rich.console import Console
-
-from experiments.classification import report, study
-from experiments.classification.bench import make_bench
-from experiments.classification.configs import CONFIGS
+from experiments.shared import command, comparison
+from experiments.shared.comparison import Setting
+from experiments.shared.comparison_report import write_report
+from experiments.shared.configs import CONFIGS
 from experiments.shared.data.images import FASHION_MNIST_DIR
 from experiments.shared.report import start_run
 from experiments.shared.terminal import progress_bar, show
+from experiments.shared.testbed import make_testbed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,21 +42,19 @@ class Config:
     """Where the run's folder is made."""
 
 
-def entries(config: Config) -> dict[str, tuple[str, dict[str, float]]]:
+def entries(config: Config) -> dict[str, Setting]:
     """Six methods with their knobs."""
     rate = {"learning_rate": config.learning_rate}
-    constants = {f"constant {w}": ("random labels", rate | {"weight": w}) for w in (1, 3, 10)}
+    constants = {f"constant {w}": Setting("random labels", rate | {"weight": w}) for w in (1, 3, 10)}
     demand = rate | {"demand": config.demand}
     return constants | {
-        "exact surgery": ("exact surgery", rate | {"demand": 0.0}),
-        "EUPMU lookahead": ("EUPMU lookahead", demand),
-        "EUPMU lagged": ("EUPMU lagged", demand),
+        "exact surgery": Setting("exact surgery", rate | {"demand": 0.0}),
+        "EUPMU lookahead": Setting("EUPMU lookahead", demand),
+        "EUPMU lagged": Setting("EUPMU lagged", demand),
     }
 
 
-def main(config: Config) -> None:
-    console = Console()
-    start = time.perf_counter()
+def main(config: Config, resume: pathlib.Path | None = None) -> None:
     base = CONFIGS[config.dataset]
     study_config = dataclasses.replace(
         base,
@@ -69,17 +64,13 @@ def main(config: Config) -> None:
         training_seeds=(config.seed,),
         unlearning_seeds=(config.seed,),
     )
-    bench, chosen = make_bench(study_config), entries(config)
-    path = start_run(config.runs_dir, f"quickstart-{config.dataset}", config)
-    with progress_bar(console, study.amount_of_work(study_config, len(chosen))) as progress:
-        study.run_entries(bench, path, progress, chosen)
-    sections = report.write_report(f"Quickstart: {config.dataset}", path, bench)
-    show(console, sections)
-    console.print(f"{time.perf_counter() - start:.0f} s. All of it: {path / 'report.html'}", soft_wrap=True)
+    testbed, settings = make_testbed(study_config), entries(config)
+    path = resume or start_run(config.runs_dir, "quickstart", config, config.dataset)
+    with command.working_in(path) as console:
+        with progress_bar(console, comparison.amount_of_work(study_config, len(settings))) as progress:
+            comparison.run(testbed, path, progress, settings)
+        show(console, write_report(f"Quickstart: {config.dataset}", path, testbed))
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, prog="python -m experiments.quickstart"))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    command.run(main, Config)

@@ -3,21 +3,17 @@
 import dataclasses
 import os
 import pathlib
-import sys
-import time
 
 # No device is used here, and looking for one takes a minute on a machine that has libtpu.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import tyro
-from rich.console import Console
-
-from experiments.classification.bench import open_records
 from experiments.scaling import report
 from experiments.scaling.compile import Cell, measure, prepare
 from experiments.scaling.model import SIZES, Size, count_parameters
 from experiments.scaling.steps import METHODS
-from experiments.shared.report import note_session, read_origin, saved_config, start_run
+from experiments.shared import command
+from experiments.shared.records import open_records
+from experiments.shared.report import note_session, read_origin, start_run, tables_of
 from experiments.shared.terminal import progress_bar
 
 CELLS = [
@@ -51,40 +47,27 @@ class Config:
     runs_dir: pathlib.Path = pathlib.Path("runs")
     """Where the run's folder is made."""
 
-    resume: pathlib.Path | None = None
-    """The folder of an interrupted run to continue with that run's settings."""
 
-
-def main(config: Config) -> pathlib.Path:
-    console = Console()
-    start = time.perf_counter()
-    smoke = saved_config(config.resume, "scaling")["smoke"] if config.resume else config.smoke
-    cells, sizes = (SMALL_CELLS, SMALL) if smoke else (CELLS, SIZES)
+def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
+    cells, sizes = (SMALL_CELLS, SMALL) if config.smoke else (CELLS, SIZES)
     prepare()
-    path = config.resume or start_run(config.runs_dir, "scaling", config)
-    console.print(f"{path} (interrupted? --resume {path})", soft_wrap=True, highlight=False)
-    amount = len(cells) * len(METHODS)
-    sections = []
-    with open_records(path / "records.jsonl") as records, progress_bar(console, amount) as progress:
-        note_session(path)
-        for cell in cells:
-            size = sizes[cell.model]
-            for method in METHODS:
-                progress(f"{report.label(cell)}: {method}", 0)
-                parameters = {"parameters": count_parameters(size)}
-                make = lambda size=size, cell=cell, method=method: measure(size, cell, method)
-                records.get((*cell, method), lambda make=make, p=parameters: make() | p)
-                progress(f"{report.label(cell)}: {method}", 1)
-            sections = report.write_report(path, records.by_key, cells, sizes, read_origin(path))
-    console.print(sections[0][1].to_markdown(), highlight=False)
-    console.print(f"{time.perf_counter() - start:.0f} s. All of it: {path / 'report.html'}", soft_wrap=True)
+    path = resume or start_run(config.runs_dir, "scaling", config)
+    amount, sections = len(cells) * len(METHODS), []
+    with command.working_in(path) as console:
+        with open_records(path / "records.jsonl") as records, progress_bar(console, amount) as progress:
+            note_session(path)
+            for cell in cells:
+                size = sizes[cell.model]
+                for method in METHODS:
+                    progress(f"{report.label(cell)}: {method}", 0)
+                    parameters = {"parameters": count_parameters(size)}
+                    make = lambda size=size, cell=cell, method=method: measure(size, cell, method)
+                    records.get((*cell, method), lambda make=make, p=parameters: make() | p)
+                    progress(f"{report.label(cell)}: {method}", 1)
+                sections = report.write_report(path, records.by_key, cells, sizes, read_origin(path))
+        console.print(tables_of(sections[0])[0].to_markdown(), highlight=False)
     return path
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, prog="python -m experiments.scaling"))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command.run(main, Config)

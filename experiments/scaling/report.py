@@ -1,18 +1,20 @@
 """The tables and pictures of the scaling study."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from experiments.classification.bench import RecordsByKey
 from experiments.scaling.compile import CHIPS, Cell, estimated_seconds
 from experiments.scaling.hlo import KINDS
-from experiments.scaling.model import count_parameters
+from experiments.scaling.model import Size, count_parameters
 from experiments.scaling.steps import EXACT, LAGGED, LOOKAHEAD, METHODS, PLAIN
-from experiments.shared.report import Frame, Section, save, write_csv, write_markdown, write_page
+from experiments.shared.records import RecordsByKey
+from experiments.shared.report import Frame, Origin, Picture, Section, save, write_csv
+from experiments.shared.report import write_report as write_sections
 
 GIB = 2**30
 COLOURS = dict(zip(METHODS, ("black", "tab:blue", "tab:orange", "tab:red"), strict=True))
@@ -145,7 +147,11 @@ def plot(path: pathlib.Path, rows: Frame) -> None:
 
 
 def write_report(
-    path: pathlib.Path, records: RecordsByKey, cells: list[Cell], sizes, origin
+    path: pathlib.Path,
+    records: RecordsByKey,
+    cells: list[Cell],
+    sizes: Mapping[str, Size],
+    origin: Origin,
 ) -> list[Section]:
     """All tables and the picture; returns the sections to show first."""
     rows = rows_frame(records, cells)
@@ -180,22 +186,18 @@ def write_report(
         "the same AdamW after clipping by the global norm. Fine-tuning and EUPMU take both losses from one "
         "pass over forget and retain sequences, also in the look-ahead; exact surgery takes a pass for each."
     )
-    sections = [
-        Section(
-            "HBM against fine-tuning",
-            how,
-            goals_table(rows),
-            *([] if rows["hbm"].isna().all() else ["hbm.png"]),
-        ),
-        Section(
-            "Steps", main_table(rows), *([f"Not compiled yet: {'; '.join(missing)}."] if missing else [])
-        ),
-        Section("Collectives", "GB sent by a chip in a step (runs).", collectives_table(rows)),
-        Section("Chips", figures),
-        Section("Models", models),
-    ]
+    hbm, steps = [how, goals_table(rows)], [main_table(rows)]
     if not rows["hbm"].isna().all():
         plot(path / "hbm.png", rows)
-    write_markdown(path / "tables.md", "Scaling", sections, origin)
-    write_page(path / "report.html", "Scaling", sections, origin)
+        hbm.append(Picture("hbm.png"))
+    if missing:
+        steps.append(f"Not compiled yet: {'; '.join(missing)}.")
+    sections = [
+        Section("HBM against fine-tuning", hbm),
+        Section("Steps", steps),
+        Section("Collectives", ["GB sent by a chip in a step (runs).", collectives_table(rows)]),
+        Section("Chips", [figures]),
+        Section("Models", [models]),
+    ]
+    write_sections(path, "Scaling", sections, origin)
     return sections

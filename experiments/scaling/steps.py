@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import eupmu_jax as eu
+from eupmu_jax.method.constraints import Measure
 from eupmu_jax.method.losses import LossesFn
 from experiments.scaling.model import Size, next_token_losses
 
@@ -22,7 +23,12 @@ class Batch(NamedTuple):
 
 
 class Method(NamedTuple):
-    """init(params) -> state, and step(params, state, batch) -> (params, state, losses)."""
+    """A training step.
+
+    Attributes:
+      init: params -> state.
+      step: (params, state, batch) -> (params, state, losses).
+    """
 
     init: Callable[[Any], Any]
     step: Callable[[Any, Any, Batch], tuple[Any, Any, eu.Losses]]
@@ -90,13 +96,12 @@ def fine_tuning(losses_fn: LossesFn) -> Method:
     return Method(inner.init, step)
 
 
-def eupmu(losses_fn: LossesFn, measure: str) -> Method:
+def eupmu(losses_fn: LossesFn, measure: Measure) -> Method:
     """Implicit surgery."""
-    tx = eu.eupmu(losses_fn, optimizer(), measure=measure)
-    no_updates: Any = None
+    tx = eu.eupmu(losses_fn, optimizer(), eu.Tolerance(0.0, measure=measure))
 
     def step(params, state, batch):
-        updates, state = tx.update(no_updates, state, params, batch=batch)
+        updates, state = tx.update(None, state, params, batch=batch)
         info = eu.surgery_info(state)
         return optax.apply_updates(params, updates), state, eu.Losses(info.forget_loss, info.retain_loss)
 
@@ -105,7 +110,7 @@ def eupmu(losses_fn: LossesFn, measure: str) -> Method:
 
 def exact_surgery(losses_fn: LossesFn) -> Method:
     """Two gradients and their projection."""
-    tx = optax.chain(eu.explicit_surgery(), optimizer())
+    tx = optax.chain(eu.explicit_surgery(eu.Tolerance(0.0)), optimizer())
     grads_fn = eu.forget_and_retain_grads(losses_fn)
 
     def step(params, state, batch):

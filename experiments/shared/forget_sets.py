@@ -8,18 +8,26 @@ import numpy as np
 from sklearn.cluster import KMeans
 
 from experiments.shared.data.images import Data, Examples
-from experiments.shared.models.classifier import Classifier, Trainer, calibration
+from experiments.shared.models.classifier import Classifier, calibration
+from experiments.shared.training import Trainer
 
 HALVES = 16
 
 
 class Task(NamedTuple):
-    """Row numbers of the training set to forget and to retain; `whole_class` is a label or None.
+    """What to forget of a training set.
 
     A forgotten class is left out of the validation and test sets: nobody is to be good at it.
+
+    Attributes:
+      name: what it was asked for as, "class:3".
+      kind: "class", "subclass", "random" or "memorised".
+      forget, retain: row numbers of the training set.
+      whole_class: the label that is forgotten altogether, or None.
     """
 
     name: str
+    kind: str
     forget: np.ndarray
     retain: np.ndarray
     whole_class: int | None = None
@@ -27,13 +35,23 @@ class Task(NamedTuple):
     @classmethod
     def of(cls, spec: str, forget: np.ndarray, size: int) -> "Task":
         """The task that forgets those of `size` training examples."""
-        kind, _, value = spec.partition(":")
         retain = np.setdiff1d(np.arange(size), forget)
-        return cls(spec, forget, retain, int(value) if kind == "class" else None)
+        return cls(spec, kind_of(spec), forget, retain, whole_class_of(spec))
 
     def judged_on(self, examples: Examples) -> np.ndarray:
         """Row numbers of a held-out set by which utility is measured."""
         return np.flatnonzero(examples.y != (-1 if self.whole_class is None else self.whole_class))
+
+
+def kind_of(spec: str) -> str:
+    """What kind of task "KIND:VALUE" asks for."""
+    return spec.partition(":")[0]
+
+
+def whole_class_of(spec: str) -> int | None:
+    """The label that the task forgets altogether, or None."""
+    kind, _, value = spec.partition(":")
+    return int(value) if kind == "class" else None
 
 
 def make_task(spec: str, data: Data, trainer: Trainer, classifier: Classifier, seed: int) -> Task:
@@ -84,9 +102,9 @@ def memorisation(train: Examples, trainer: Trainer, classifier: Classifier, seed
     params = trainer.train_many(train, plans, jax.random.split(jax.random.key(seed), HALVES))
 
     @jax.jit
-    def confidence(inputs):
-        params, half = inputs
-        probabilities = classifier.predict(params, calibration(train, half), train.x)
+    def confidence(of_model):
+        params, half = of_model
+        probabilities = classifier.predict(params, calibration(train.x, half), train.x)
         return jnp.take_along_axis(probabilities, train.y[:, None], 1)[:, 0]
 
     seen = np.asarray(jax.lax.map(confidence, (params, np.stack(halves))))

@@ -1,7 +1,7 @@
 """The loop that runs any unlearning method: paired batches, compiled chunks of steps, one record a step."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,25 +9,49 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.shared.data.images import Examples
-from experiments.shared.methods import Batch, Method, Peer
-from experiments.shared.models.classifier import augment, batch_rows
+from experiments.shared.methods.method import Batch, Examples, LossFunctions, Method, Params
+from experiments.shared.training import batch_rows
 
 CHUNKS = 10
+Knobs = Mapping[str, Any]
+"""A method's settings by name: numbers, or arrays [] within a compiled step."""
+
+
+class Rows(NamedTuple):
+    """Row numbers [steps, batch] of the examples to forget and to retain in each step."""
+
+    forget: np.ndarray
+    retain: np.ndarray
+
+
+class Plan(NamedTuple):
+    """Which examples each step of a run sees.
+
+    Attributes:
+      forget_set: row numbers [k, batch] that hold the forget set once, the last batch filled up from its
+        beginning.
+      rows: those of each step.
+      forget_share: the forget set's share of both sets.
+    """
+
+    forget_set: np.ndarray
+    rows: Rows
+    forget_share: np.ndarray
 
 
 class Unlearner(NamedTuple):
-    """One peer for one classifier, as pure functions of the knobs, so that all of them share a program.
+    """A method on a model, as pure functions of its knobs, so that all settings share a program.
 
-    method(knobs) -> Method.
-    init(knobs, params, examples, wrong, forget_rows [k, batch]) -> state.
-    run(knobs, params, state, key, examples, wrong, forget_share, rows [steps, 2, batch],
-    progress [steps]) -> (params, state, record of arrays [steps]).
+    Attributes:
+      method: knobs -> Method.
+      init: (knobs, params, examples, forget_set) -> state.
+      run: (knobs, params, state, key, examples, forget_share, rows, progress [steps]) -> (params, state,
+        record of arrays [steps]).
     """
 
-    method: Callable[[dict[str, Any]], Method]
+    method: Callable[[Knobs], Method]
     init: Callable[..., Any]
-    run: Callable[..., Any]
+    run: Callable[..., tuple[Params, Any, dict[str, jax.Array]]]
 
 
 def momentum(rate: Any) -> optax.GradientTransformation:
@@ -36,59 +60,51 @@ def momentum(rate: Any) -> optax.GradientTransformation:
 
 
 def make_unlearner(
-    peer: Peer, apply, *, optimizer=momentum, weight_decay: float = 0.0, augmented: bool = False
+    make: Callable[..., Method],
+    losses: LossFunctions,
+    *,
+    optimizer: Callable[[Any], optax.GradientTransformation] = momentum,
+    weight_decay: float = 0.0,
+    augmented: Callable[[jax.Array, Examples], Examples] | None = None,
 ) -> Unlearner:
-    """Steps optimizer(learning rate); `knobs` holds that rate and the peer's own."""
+    """The method of make(losses, optimiser, **knobs) under optimizer(learning rate), one of the knobs.
+
+    `augmented` is (key, examples) -> examples, random and different in every step.
+    """
 
     def method(knobs):
-        rate = knobs["learning_rate"]
         others = {name: value for name, value in knobs.items() if name != "learning_rate"}
         decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
-        return peer.make(apply, optax.chain(decay, optimizer(rate)), **others)
+        return make(losses, optax.chain(decay, optimizer(knobs["learning_rate"])), **others)
 
-    def make_batch(examples: Examples, wrong, forget_share, inputs):
-        rows, progress, key = inputs
-        forget, retain = examples[rows[0]], examples[rows[1]]
-        if augmented:
-            keys = jax.random.split(key)
-            forget, retain = (
-                part._replace(x=augment(k, part.x)) for k, part in zip(keys, (forget, retain), strict=True)
-            )
-        return Batch(forget, wrong[rows[0]], retain, progress, forget_share)
+    def init(knobs, params, examples, forget_set):
+        forget = taken(examples, forget_set)
+        nothing = jnp.zeros(len(forget_set))
+        return method(knobs).init(params, Batch(forget, forget, nothing, nothing))
 
-    def init(knobs, params, examples, wrong, forget_rows):
-        forget = examples[forget_rows]
-        nothing = jnp.zeros(len(forget_rows))
-        batches = Batch(forget, wrong[forget_rows], forget, nothing, nothing)
-        return method(knobs).init(params, batches)
-
-    def run(knobs, params, state, key, examples, wrong, forget_share, rows, progress):
+    def run(knobs, params, state, key, examples, forget_share, rows, progress):
         step = method(knobs).step
 
-        def body(carry, inputs):
-            batch = make_batch(examples, wrong, forget_share, inputs)
+        def one_step(carry, inputs):
             params, state = carry
-            params, state, seen = step(params, state, batch)
+            rows, progress, key = inputs
+            forget, retain = taken(examples, rows.forget), taken(examples, rows.retain)
+            if augmented is not None:
+                of_forget, of_retain = jax.random.split(key)
+                forget, retain = augmented(of_forget, forget), augmented(of_retain, retain)
+            params, state, seen = step(params, state, Batch(forget, retain, progress, forget_share))
             return (params, state), seen
 
-        inputs = (rows, progress, jax.random.split(key, len(rows)))
-        (params, state), seen = jax.lax.scan(body, (params, state), inputs)
+        inputs = (rows, progress, jax.random.split(key, len(rows.forget)))
+        (params, state), seen = jax.lax.scan(one_step, (params, state), inputs)
         return params, state, seen
 
     return Unlearner(method, init, run)
 
 
-class Plan(NamedTuple):
-    """Which examples each step of a run sees.
-
-    `forget_rows` [k, batch] hold the forget set once (the last batch filled up from its beginning),
-    `rows` [steps, 2, batch] a forget and a retain batch for each step; `forget_share` is the forget
-    set's share of both sets.
-    """
-
-    forget_rows: np.ndarray
-    rows: np.ndarray
-    forget_share: np.ndarray
+def taken(examples: Examples, rows: Any) -> Examples:
+    """Those rows of every array."""
+    return jax.tree.map(lambda leaf: leaf[rows], examples)
 
 
 def make_plan(
@@ -106,12 +122,13 @@ def make_plan(
     """
     batches = -(-len(forget) // batch_size)
     once = np.resize(forget, (batches, batch_size)).astype(np.int32)
-    parts = [batch_rows(rows, batch_size, steps, (seed, 5 + i)) for i, rows in enumerate((forget, retain))]
     if independent:
-        rng = np.random.default_rng((seed, 6))
-        parts[1] = rng.choice(retain, (steps, batch_size)).astype(np.int32)
+        of_retain = np.random.default_rng((seed, 6)).choice(retain, (steps, batch_size)).astype(np.int32)
+    else:
+        of_retain = batch_rows(retain, batch_size, steps, (seed, 6))
+    rows = Rows(batch_rows(forget, batch_size, steps, (seed, 5)), of_retain)
     share = np.float32(len(forget) / (len(forget) + len(retain)))
-    return Plan(once, np.stack(parts, 1), np.asarray(share))
+    return Plan(once, rows, np.asarray(share))
 
 
 def number_of_steps(epochs: int, size: int, batch_size: int) -> int:
@@ -122,30 +139,30 @@ def number_of_steps(epochs: int, size: int, batch_size: int) -> int:
 class Run(NamedTuple):
     """Unlearned parameters, each step's record as arrays [steps], and seconds without compilation."""
 
-    params: Any
+    params: Params
     history: dict[str, np.ndarray]
     seconds: float
 
 
-def make_unlearn(unlearner: Unlearner):
-    """unlearn(knobs, params, examples, wrong, plan, seed, report) -> Run."""
+def make_unlearn(unlearner: Unlearner) -> Callable[..., Run]:
+    """unlearn(knobs, params, examples, plan, seed, report) -> Run."""
     init, run = jax.jit(unlearner.init), jax.jit(unlearner.run, donate_argnums=(1, 2))
 
-    def unlearn(knobs, params, examples, wrong, plan: Plan, seed: int, report=lambda part: None) -> Run:
-        knobs = {name: jnp.float32(value) for name, value in knobs.items()}
+    def unlearn(knobs, params, examples, plan: Plan, seed: int, report=lambda part: None) -> Run:
+        knobs = in_float32(knobs)
         params = jax.tree.map(jnp.copy, params)
-        inputs = (knobs, params, examples, wrong, plan.forget_rows)
+        inputs = (knobs, params, examples, plan.forget_set)
         compiled = init.lower(*inputs).compile()
         start = time.perf_counter()
         state = jax.block_until_ready(compiled(*inputs))
         seconds = time.perf_counter() - start
-        steps = len(plan.rows)
+        steps = len(plan.rows.forget)
         progress = np.arange(steps, dtype=np.float32) / steps
         history = []
         for part in np.split(np.arange(steps), CHUNKS):
             key = jax.random.fold_in(jax.random.key(seed), part[0])
-            batches = (plan.forget_share, plan.rows[part], progress[part])
-            inputs = (knobs, params, state, key, examples, wrong, *batches)
+            batches = (plan.forget_share, taken(plan.rows, part), progress[part])
+            inputs = (knobs, params, state, key, examples, *batches)
             compiled = run.lower(*inputs).compile()
             start = time.perf_counter()
             params, state, seen = compiled(*inputs)
@@ -157,26 +174,27 @@ def make_unlearn(unlearner: Unlearner):
     return unlearn
 
 
-def make_unlearn_many(unlearner: Unlearner, side_by_side: int = 16):
-    """unlearn_many(knobs, params, keys, examples, wrong, plans) -> params: n models in one compiled call.
+def make_unlearn_many(unlearner: Unlearner, side_by_side: int = 16) -> Callable[..., Params]:
+    """unlearn_many(knobs, params, keys, examples, plans) -> params: n models in one compiled call.
 
     `side_by_side` of them are vmapped at a time.
     """
 
     @jax.jit
-    def run_many(knobs, params, keys, examples, wrong, plans: Plan):
+    def run_many(knobs, params, keys, examples, plans: Plan):
         def one(inputs):
             params, key, plan = inputs
-            state = unlearner.init(knobs, params, examples, wrong, plan.forget_rows)
-            steps = len(plan.rows)
+            state = unlearner.init(knobs, params, examples, plan.forget_set)
+            steps = len(plan.rows.forget)
             progress = jnp.arange(steps, dtype=jnp.float32) / steps
             batches = (plan.forget_share, plan.rows, progress)
-            return unlearner.run(knobs, params, state, key, examples, wrong, *batches)[0]
+            params, _, _ = unlearner.run(knobs, params, state, key, examples, *batches)
+            return params
 
         return jax.lax.map(one, (params, keys, plans), batch_size=min(side_by_side, len(keys)))
 
-    def unlearn_many(knobs, params, keys, examples, wrong, plans: Plan):
-        knobs = {name: jnp.float32(value) for name, value in knobs.items()}
-        return run_many(knobs, params, keys, examples, wrong, plans)
+    return lambda knobs, *arguments: run_many(in_float32(knobs), *arguments)
 
-    return unlearn_many
+
+def in_float32(knobs: Knobs) -> dict[str, jax.Array]:
+    return {name: jnp.float32(value) for name, value in knobs.items()}

@@ -1,36 +1,76 @@
 """A run's folder: what made it, its tables, its pictures and one page that shows them all."""
 
-import base64
 import dataclasses
 import datetime
-import html
-import importlib.metadata
 import io
 import json
 import pathlib
-import platform
-import subprocess
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-import jax
 import matplotlib
 import numpy as np
 import pandas as pd
 
+from eupmu_jax.cli import page
+from eupmu_jax.run.files import write_whole
+from eupmu_jax.run.provenance import provenance
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
-OTHER_SEED = "Retrain, other seed"
-REFERENCES = {
-    "Original": {"color": "black", "marker": "X"},
-    "Retrain": {"color": "black", "marker": "*"},
-    OTHER_SEED: {"color": "grey", "marker": "*"},
-}
+ORIGINAL, RETRAIN, OTHER_SEED = "Original", "Retrain", "Retrain, other seed"
 
 # A pandas.DataFrame; the types that pandas declares for its cells defeat the type checker.
 Frame = Any
+
+Origin = dict[str, Any]
+"""Where results come from: the study, its settings, and every session that worked on them."""
+
+
+class Picture(NamedTuple):
+    """A PNG file in the run's folder."""
+
+    file: str
+
+
+class Section(NamedTuple):
+    """A title, and what follows it: text, tables and pictures."""
+
+    title: str
+    parts: list[str | Frame | Picture]
+
+
+def tables_of(section: Section) -> list[pd.DataFrame]:
+    return [part for part in section.parts if isinstance(part, pd.DataFrame)]
+
+
+class Look(NamedTuple):
+    """How a method is drawn, the same in every picture."""
+
+    color: Any
+    marker: str
+    stands_out: bool = False
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        return {"color": self.color, "marker": self.marker}
+
+    @property
+    def line(self) -> str:
+        return "-" if self.stands_out else "--"
+
+
+REFERENCES = {
+    ORIGINAL: Look("black", "X"),
+    RETRAIN: Look("black", "*", stands_out=True),
+    OTHER_SEED: Look("grey", "*"),
+}
 
 
 def new_run_dir(parent: pathlib.Path, name: str) -> pathlib.Path:
@@ -46,59 +86,42 @@ def new_run_dir(parent: pathlib.Path, name: str) -> pathlib.Path:
     raise FileExistsError(f"no free name left for {name}-{stamp} in {parent}")
 
 
-def start_run(parent: pathlib.Path, name: str, config: Any) -> pathlib.Path:
-    """A new folder with config.json: the resolved config, to which every session adds itself."""
-    path = new_run_dir(parent, name)
-    write_origin(path, {"name": name, "config": plain(dataclasses.asdict(config)), "sessions": []})
+def start_run(parent: pathlib.Path, study: str, config: Any, of: str = "") -> pathlib.Path:
+    """A new folder with config.json: the study and the resolved config, to which every session adds itself.
+
+    `of` is added to the folder's name, for people.
+    """
+    path = new_run_dir(parent, f"{study}-{of}" if of else study)
+    write_origin(path, {"name": study, "config": plain(dataclasses.asdict(config)), "sessions": []})
     return path
 
 
-def saved_config(path: pathlib.Path, program: str) -> dict[str, Any]:
-    """The config of a run of that program, to resume it; else ValueError."""
+def saved_config(path: pathlib.Path, study: str) -> dict[str, Any]:
+    """The config of a run of that study, to resume it; else ValueError."""
     origin = read_origin(path)
-    if not origin["name"].startswith(program):
-        raise ValueError(f"--resume {path}: this is a run of {origin['name']}, not of {program}")
+    if origin["name"] != study:
+        raise ValueError(f"--resume {path}: this is a run of {origin['name']}, not of {study}")
     return origin["config"]
 
 
 def note_session(path: pathlib.Path) -> None:
     """Adds what runs now, and on what, to the run's origin if it is not what ran last."""
-    origin, now = read_origin(path), session()
+    origin, now = read_origin(path), dict(provenance("scipy", "scikit-learn"))
     if [one | {"date": None} for one in origin["sessions"][-1:]] != [now | {"date": None}]:
         write_origin(path, origin | {"sessions": [*origin["sessions"], now]})
 
 
-def write_origin(path: pathlib.Path, origin: dict[str, Any]) -> None:
-    partial = path / "config.json.partial"
-    partial.write_text(json.dumps(origin, indent=2) + "\n")
-    partial.replace(path / "config.json")
+def write_origin(path: pathlib.Path, origin: Origin) -> None:
+    write_whole(path / "config.json", json.dumps(origin, indent=2) + "\n")
 
 
-def read_origin(path: pathlib.Path) -> dict[str, Any]:
+def read_origin(path: pathlib.Path) -> Origin:
     file = path / "config.json"
     try:
         origin = json.loads(file.read_text())
         return {"name": origin["name"], "config": origin["config"], "sessions": list(origin["sessions"])}
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is not the description of a run: {error}") from error
-
-
-def session() -> dict[str, Any]:
-    """What runs now: versions, device, git commit and date."""
-    packages = ["eupmu_jax", "jax", "jaxlib", "optax", "flax", "numpy", "scipy", "scikit-learn"]
-    describe = ["git", "describe", "--always", "--dirty"]
-    here = pathlib.Path(__file__).parent
-    try:
-        commit = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
-        commit = "unknown"
-    return {
-        "versions": {"python": platform.python_version()}
-        | {package: importlib.metadata.version(package) for package in packages},
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}",
-        "commit": commit.strip(),
-        "date": datetime.datetime.now().isoformat(timespec="seconds"),
-    }
 
 
 def plain(value: Any) -> Any:
@@ -112,11 +135,9 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def write_csv(path: pathlib.Path, frame: Frame, origin: dict[str, Any]) -> None:
+def write_csv(path: pathlib.Path, frame: Frame, origin: Origin) -> None:
     """The frame under a first line "# {...}" with its origin; pandas.read_csv(path, comment="#")."""
-    with path.open("w", newline="") as file:
-        file.write(f"# {json.dumps(origin)}\n")
-        frame.to_csv(file, index=False, float_format="%.6g")
+    write_whole(path, f"# {json.dumps(origin)}\n{frame.to_csv(index=False, float_format='%.6g')}")
 
 
 def read_csv(path: pathlib.Path) -> Frame:
@@ -143,66 +164,61 @@ def mean_and_std(frame: Frame, columns: dict[str, int]) -> Frame:
     return pd.DataFrame(cells, index=means.index)
 
 
-class Section(list):
-    """A title, and what follows it: text, tables (DataFrame) and names of pictures."""
+def write_report(path: pathlib.Path, title: str, sections: list[Section], origin: Origin) -> None:
+    """tables.md, and report.html with every table and picture in it, for reading offline."""
+    write_whole(path / "tables.md", as_markdown(title, sections, origin))
+    parts = [html for section in sections for html in as_html(path, section)]
+    made_by = page.folded("Origin", page.preformatted(json.dumps(origin, indent=1)))
+    write_whole(path / "report.html", page.page(title, [*parts, made_by]))
 
-    def __init__(self, title: str, *parts: Any):
-        super().__init__(parts)
-        self.title = title
 
-
-def write_markdown(path: pathlib.Path, title: str, sections: list[Section], origin: dict[str, Any]) -> None:
+def as_markdown(title: str, sections: list[Section], origin: Origin) -> str:
     lines = [f"# {title}", ""]
     for section in sections:
         lines += [f"## {section.title}", ""]
-        for part in section:
-            if isinstance(part, pd.DataFrame):
-                align = ["left"] * part.index.nlevels + ["right"] * part.shape[1]
-                lines += [part.to_markdown(colalign=align, disable_numparse=True), ""]
-            else:
-                lines += [f"![{section.title}]({part})" if part.endswith(".png") else part, ""]
-    lines += ["## Origin", "", "```json", json.dumps(origin, indent=1), "```", ""]
-    path.write_text("\n".join(lines))
+        for part in section.parts:
+            match part:
+                case Picture(file):
+                    lines += [f"![{section.title}]({file})", ""]
+                case str():
+                    lines += [part, ""]
+                case frame:
+                    align = ["left"] * frame.index.nlevels + ["right"] * frame.shape[1]
+                    lines += [frame.to_markdown(colalign=align, disable_numparse=True), ""]
+    return "\n".join([*lines, "## Origin", "", "```json", json.dumps(origin, indent=1), "```", ""])
 
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:1em 0}
-th,td{padding:.2em .7em;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
-tbody th{text-align:left;font-weight:normal}tr:hover{background:#f4f4f4}img{max-width:100%}
-div{overflow-x:auto}pre{background:#f7f7f7;padding:1em;overflow-x:auto}"""
+def as_html(path: pathlib.Path, section: Section) -> list[str]:
+    """The section's parts for `page`; pictures are read from the run's folder."""
+    parts = [page.heading(section.title)]
+    for part in section.parts:
+        match part:
+            case Picture(file):
+                parts.append(page.picture(path / file))
+            case str():
+                parts.append(page.paragraph(part))
+            case frame:
+                rows = [
+                    (str(label), {str(k): cell for k, cell in row.items()}) for label, row in frame.iterrows()
+                ]
+                parts.append(page.table(rows))
+    return parts
 
 
-def write_page(path: pathlib.Path, title: str, sections: list[Section], origin: dict[str, Any]) -> None:
-    """One HTML file with every table and picture in it, for reading offline."""
-
-    def shown(part):
-        if isinstance(part, pd.DataFrame):
-            return f"<div>{part.rename_axis(None).to_html(border=0)}</div>"
-        if part.endswith(".png"):
-            data = base64.b64encode((path.parent / part).read_bytes()).decode()
-            return f'<img alt="{html.escape(part)}" src="data:image/png;base64,{data}">'
-        return f"<p>{html.escape(part)}</p>"
-
-    body = "".join(f"<h2>{html.escape(s.title)}</h2>{''.join(map(shown, s))}" for s in sections)
-    made_by = (
-        f"<details><summary>Origin</summary><pre>{html.escape(json.dumps(origin, indent=1))}</pre></details>"
-    )
-    path.write_text(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{body}{made_by}</html>\n"
-    )
-
-
-def styles(methods: list[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each method, the same in every picture; EUPMU has the strongest colours."""
-    others = sorted((m for m in methods if m not in REFERENCES), key=lambda m: not m.startswith("EUPMU"))
+def looks_of(families: Mapping[str, str]) -> dict[str, Look]:
+    """The look of each method by its family; EUPMU has the strongest colours, references have their own."""
+    others = [method for method in families if method not in REFERENCES]
+    others.sort(key=lambda method: families[method] != "EUPMU")
     strong_first = [6, 0, 4, 2, 8, 10, 12, 14, 16, 18, *range(1, 20, 2)]
     colour = lambda i: plt.get_cmap("tab20")(strong_first[i % 20])
-    looks = {m: {"color": colour(i), "marker": "DosvP^"[i // 4 % 6]} for i, m in enumerate(others)}
-    return {method: REFERENCES.get(method) or looks[method] for method in methods}
+    looks = {
+        method: Look(colour(i), "DosvP^"[i // 4 % 6], families[method] == "EUPMU")
+        for i, method in enumerate(others)
+    }
+    return {method: REFERENCES.get(method) or looks[method] for method in families}
 
 
-def plain_numbers(*axes) -> None:
+def plain_numbers(*axes: Axis) -> None:
     """1, 2, 5 in place of powers of ten on logarithmic axes."""
     for axis in axes:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -210,7 +226,7 @@ def plain_numbers(*axes) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def grid(count: int, columns: int, width: float, height: float):
+def grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     """A figure, and `count` axes in rows of `columns`."""
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -222,7 +238,7 @@ def grid(count: int, columns: int, width: float, height: float):
     return figure, list(axes.flat[:count])
 
 
-def save(figure, path: pathlib.Path, legend: int = 0) -> None:
+def save(figure: Figure, path: pathlib.Path, legend: int = 0) -> None:
     """Writes the picture, with one legend for all axes in `legend` columns below them."""
     if legend:
         named = {}

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas as pd
-import tyro
-from rich.console import Console
 
 import eupmu_jax as eu
+from experiments.shared import command
 from experiments.shared.report import (
     Frame,
+    Picture,
     Section,
     grid,
     note_session,
@@ -23,8 +23,7 @@ from experiments.shared.report import (
     save,
     start_run,
     write_csv,
-    write_markdown,
-    write_page,
+    write_report,
 )
 
 PARTS = 40
@@ -91,35 +90,30 @@ def watch(config: Config, path: pathlib.Path) -> Frame:
         params,
         *sets,
         optax.sgd(0.01),
+        eu.Budget(0.1),
         steps=config.steps,
         every=max(1, config.steps // PARTS),
         batch_size=32,
-        budget=0.1,
         callbacks=[look],
         folder=path / "unlearn",
     )
     return pd.DataFrame(rows)
 
 
-def main(config: Config) -> pathlib.Path:
-    console = Console()
-    path = start_run(config.runs_dir, "soak", config)
-    note_session(path)
-    console.print(path)
-    rows = watch(config, path)
-    origin = read_origin(path)
-    write_csv(path / "rows.csv", rows, origin)
-
+def plot(path: pathlib.Path, rows: Frame) -> None:
     figure, (speed, memory) = grid(2, 2, 6, 3)
     speed.plot(rows["step"], rows["steps per second"], ".-")
     speed.set(xlabel="step", ylabel="steps per second", ylim=(0, None))
     memory.plot(rows["step"], rows["MiB"], ".-")
     memory.set(xlabel="step", ylabel="memory of the process, MiB", ylim=(0, 1.15 * rows["MiB"].max()))
-    save(figure, path / "soak.png")
+    save(figure, path)
 
+
+def table(rows: Frame) -> Frame:
+    """The second quarter of the run beside the last."""
     quarter = max(1, len(rows) // 4)
     parts = {"second quarter": rows[quarter : 2 * quarter], "last quarter": rows[-quarter:]}
-    table = pd.DataFrame(
+    return pd.DataFrame(
         {
             "steps per second, median": [
                 f"{part['steps per second'].median():.0f}" for part in parts.values()
@@ -129,12 +123,22 @@ def main(config: Config) -> pathlib.Path:
         },
         index=list(parts),
     )
-    sections = [Section(f"{config.steps:,} steps", table, "soak.png")]
-    write_markdown(path / "tables.md", "Soak", sections, origin)
-    write_page(path / "report.html", "Soak", sections, origin)
-    console.print(table.to_string())
+
+
+def main(config: Config) -> pathlib.Path:
+    path = start_run(config.runs_dir, "soak", config)
+    with command.working_in(path) as console:
+        note_session(path)
+        rows = watch(config, path)
+        origin, quarters = read_origin(path), table(rows)
+        write_csv(path / "rows.csv", rows, origin)
+        plot(path / "soak.png", rows)
+        sections = [Section(f"{config.steps:,} steps", [quarters, Picture("soak.png")])]
+        write_report(path, "Soak", sections, origin)
+        console.print(quarters.to_string())
     return path
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    # One process is watched from its start to its end: there is nothing to go on from.
+    command.run(main, Config, resumable=False)

@@ -1,7 +1,5 @@
 """The budget study's own pieces: the controllers it compares, its losses, and how it counts."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,17 +7,21 @@ import optax
 import pandas as pd
 import pytest
 
+import eupmu_jax as eu
+from eupmu_jax.method.controller import make_controller
 from experiments.budget import controllers, convergence, report, study, utilities
-from experiments.shared.data.images import Examples
+from experiments.shared.labels import LabelledExamples, label_losses
 from experiments.shared.loop import make_plan, momentum
-from experiments.shared.methods import Batch
+from experiments.shared.methods.method import Batch, retain_loss
 
 
-def follow(rule, observations):
-    state, seen = rule.init(), []
+def follow(make_controller, observations):
+    """The multipliers after a budget of 2 and a baseline of 1 were spent in these shares."""
+    controller = make_controller(2.0, 1.0)
+    state, seen = controller.init(), []
     for y in observations:
-        multiplier, state = rule.update(state, jnp.float32(y), jnp.float32(1))
-        seen.append(float(multiplier))
+        state = controller.before(state, eu.Losses(jnp.float32(1), jnp.float32(1 + 2 * y)))
+        seen.append(float(state.multiplier))
     return seen
 
 
@@ -27,41 +29,67 @@ def test_rules_by_hand():
     """A share of the budget of 2 twice: what each rule that has no noise filter of its own makes of it."""
     ascent = follow(controllers.dual_ascent(optax.sgd(0.1)), [2, 2])
     np.testing.assert_allclose(ascent, [1.1, 1.2], rtol=1e-6)
-    integral = follow(controllers.proportional_integral(), [2, 2])
+    integral = follow(controllers.proportional_integral, [2, 2])
     np.testing.assert_allclose(integral, [1 + 0.1 + 0.03, 1 + 0.19 + 0.06], rtol=1e-6)
     # The average of 2 with the start at 0 is 0.4, then 0.72.
-    powers = follow(controllers.multiplicative(), [2, 2])
+    powers = follow(controllers.multiplicative, [2, 2])
     np.testing.assert_allclose(np.log(powers), [-0.06, -0.06 - 0.028], rtol=1e-5)
-    fixed = follow(controllers.fixed_gains(), [2])
+    fixed = follow(controllers.fixed_gains, [2])
     np.testing.assert_allclose(np.log(fixed), [3 * -0.6 + 0.1 * -0.6 + 10 * 0.4], rtol=1e-5)
-    frozen = follow(controllers.secant(), [1, 1, 1])
+    frozen = follow(controllers.secant, [1, 1, 1])
     assert all(multiplier < 1 for multiplier in frozen)
-    assert follow(controllers.barrier(), [5.0])[0] > 1
+    assert follow(controllers.barrier, [5.0])[0] > 1
 
 
-def test_the_packaged_rule_is_eupmus():
-    """Steered by the package's controller a run is the one of eupmu with a budget."""
+LINEAR = label_losses(lambda params, x: x.reshape(len(x), -1) @ params)
+
+
+def batches_of(amount):
+    """So many different batches of eight."""
     rng = np.random.default_rng(0)
-    apply = lambda params, x: x.reshape(len(x), -1) @ params
-    x = jnp.asarray(rng.normal(size=(12, 8, 5)), jnp.float32)
-    y = jnp.asarray(rng.integers(0, 3, (12, 8)))
-    batches = Batch(Examples(x, y), (y + 1) % 3, Examples(x[::-1], y[::-1]), jnp.zeros(12), jnp.zeros(12))
-    ends = []
-    for make in (
-        controllers.CONTROLLERS[controllers.EUPMU],
-        partial(controllers.steered, controllers.packaged()),
-    ):
-        method = make(apply, momentum(0.1), budget=0.1, baseline=1.0)
-        params = jnp.zeros((5, 3))
-        state = method.init(params, batches)
-        seen = []
-        for i in range(12):
-            batch = jax.tree.map(lambda leaf, i=i: leaf[i], batches)
-            params, state, record = method.step(params, state, batch)
-            seen.append(float(record["multiplier"]))
-        ends.append((params, seen))
-    np.testing.assert_allclose(ends[0][0], ends[1][0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(ends[0][1], ends[1][1], rtol=1e-5)
+    x = jnp.asarray(rng.normal(size=(amount, 8, 5)), jnp.float32)
+    y = jnp.asarray(rng.integers(0, 3, (amount, 8)))
+    forget, retain = LabelledExamples(x, y, (y + 1) % 3), LabelledExamples(x[:, ::-1], y, y)
+    return Batch(forget, retain, jnp.zeros(amount), jnp.zeros(amount))
+
+
+def run_of(name, batches, **more):
+    """Twelve steps under one of the controllers: the parameters and what was seen."""
+    amount = len(batches.progress)
+    method = controllers.CONTROLLERS[name].make(LINEAR, momentum(0.1), budget=0.1, baseline=1.0, **more)
+    params, seen = jnp.zeros((5, 3)), []
+    state = method.init(params, batches)
+    for i in range(12):
+        batch = jax.tree.map(lambda leaf, i=i % amount: leaf[i], batches)
+        params, state, record = method.step(params, state, batch)
+        record["retain_loss after"] = retain_loss(LINEAR, params, batch)
+        seen.append({key: float(value) for key, value in record.items()})
+    return params, pd.DataFrame(seen)
+
+
+def test_seeing_the_full_loss_is_eupmus_budget_where_a_batch_is_all_there_is():
+    whole = batches_of(1)
+    full = lambda params: retain_loss(LINEAR, params, jax.tree.map(lambda leaf: leaf[0], whole))
+    params, seen = run_of(controllers.EUPMU, whole)
+    shown, seen_shown = run_of("EUPMU budget, seeing the full loss", whole, full_retain_loss=full)
+    np.testing.assert_allclose(params, shown, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(seen["multiplier"], seen_shown["multiplier"], rtol=1e-5)
+    assert np.ptp(seen["multiplier"]) > 0.1
+    _, elsewhere = run_of("EUPMU budget, seeing the full loss", batches_of(12), full_retain_loss=full)
+    assert not np.allclose(
+        elsewhere["multiplier"], run_of(controllers.EUPMU, batches_of(12))[1]["multiplier"]
+    )
+
+
+def test_looking_ahead_steers_by_what_the_last_step_came_to():
+    _, ends = run_of("EUPMU budget, looking ahead", batches_of(12))
+    controller = make_controller(eu.Budget(0.1, baseline=1.0), 1.0)
+    state, expected = controller.init(), []
+    for forget, seen in zip(ends["forget_loss"], [1.0, *ends["retain_loss after"][:-1]], strict=True):
+        state = controller.before(state, eu.Losses(jnp.float32(forget), jnp.float32(seen)))
+        expected.append(float(state.multiplier))
+    np.testing.assert_allclose(ends["multiplier"], expected, rtol=1e-4)
+    assert np.ptp(expected) > 0.1
 
 
 @pytest.mark.parametrize("each_class", [False, True])
@@ -87,9 +115,9 @@ def test_held_out_feedback_has_the_value_of_one_and_the_gradient_of_the_other(ea
 def test_independent_batches_come_from_the_retain_set():
     sizes = {"steps": 50, "batch_size": 8, "seed": 0, "independent": True}
     plan = make_plan(np.arange(20), np.arange(20, 60), **sizes)
-    assert set(plan.rows[:, 1].ravel()) <= set(range(20, 60))
-    assert set(plan.rows[:, 0].ravel()) == set(range(20))
-    assert len(np.unique(plan.rows[:5, 1])) < 40
+    assert set(plan.rows.retain.ravel()) <= set(range(20, 60))
+    assert set(plan.rows.forget.ravel()) == set(range(20))
+    assert len(np.unique(plan.rows.retain[:5])) < 40
 
 
 def test_best_constant_is_read_off_the_front():

@@ -13,32 +13,26 @@ import pandas as pd
 import pytest
 
 from experiments.classification import __main__ as classification
-from experiments.classification import bench, plots, scores, study, tuning
+from experiments.classification import costs, plots, study, tuning
 from experiments.classification import report as study_report
-from experiments.classification.configs import CONFIGS, check
 from experiments.quickstart import __main__ as quickstart
-from experiments.shared import report
+from experiments.shared import command, comparison_plots, report
+from experiments.shared.configs import CONFIGS, Config, check
 from experiments.shared.data import images
 from experiments.shared.forget_sets import make_task, memorisation, wrong_labels
+from experiments.shared.labels import LabelledExamples, cross_entropy, label_losses
 from experiments.shared.loop import (
-    Plan,
     make_plan,
     make_unlearn,
     make_unlearn_many,
     make_unlearner,
     number_of_steps,
 )
-from experiments.shared.methods import PEERS
-from experiments.shared.methods.method import cross_entropy
-from experiments.shared.models.classifier import (
-    MLP,
-    Recipe,
-    ResNet18,
-    augment,
-    batch_rows,
-    make_classifier,
-    make_trainer,
-)
+from experiments.shared.models.classifier import MLP, ResNet18, make_classifier
+from experiments.shared.peers import PEERS
+from experiments.shared.records import of_kind, open_records, read_records
+from experiments.shared.testbed import make_testbed
+from experiments.shared.training import Recipe, augment, augmented, batch_rows, make_trainer
 
 RECIPE = Recipe(epochs=4, batch_size=32, optimizer="adam", learning_rate=3e-3)
 TINY = dataclasses.replace(
@@ -71,7 +65,8 @@ def trainer(classifier):
 
 
 def on_device(examples):
-    return images.Examples(*map(jnp.asarray, examples))
+    """Examples with wrong labels, seed 0."""
+    return LabelledExamples(*map(jnp.asarray, (*examples, wrong_labels(examples.y, 10, seed=0))))
 
 
 def assert_trees_close(a, b, **tolerance):
@@ -132,10 +127,10 @@ def test_batches_pass_over_everything_equally():
 def test_a_plan_pairs_forget_with_retain():
     forget, retain = np.arange(5), np.arange(5, 50)
     plan = make_plan(forget, retain, steps=20, batch_size=4, seed=0)
-    assert plan.rows.shape == (20, 2, 4)
-    assert set(plan.rows[:, 0].ravel()) == set(forget)
-    assert set(plan.rows[:, 1].ravel()) == set(retain)
-    assert set(plan.forget_rows.ravel()) == set(forget)
+    assert plan.rows.forget.shape == plan.rows.retain.shape == (20, 4)
+    assert set(plan.rows.forget.ravel()) == set(forget)
+    assert set(plan.rows.retain.ravel()) == set(retain)
+    assert set(plan.forget_set.ravel()) == set(forget)
     assert number_of_steps(5, 6000, 64) == 470
     assert number_of_steps(1, 3, 64) == 10
 
@@ -176,7 +171,8 @@ def test_the_sgd_recipe_step_by_step(data):
     params = classifier.init(jax.random.split(jax.random.key(0))[0], train.x[:1])
     velocity = jax.tree.map(jnp.zeros_like, params)
     for number, rows in enumerate(plan.reshape(-1, 150)):
-        grads = jax.grad(lambda p, rows=rows: cross_entropy(classifier.apply, p, *train[rows]))(params)
+        loss = lambda p, x=train.x[rows], y=train.y[rows]: cross_entropy(classifier.apply, p, x, y).mean()
+        grads = jax.grad(loss)(params)
         velocity = jax.tree.map(lambda v, g, p: 0.9 * v + g + 0.01 * p, velocity, grads, params)
         rate = 0.1 if number < 2 else 0.01
         params = jax.tree.map(lambda p, v, rate=rate: p - rate * v, params, velocity)
@@ -186,16 +182,16 @@ def test_the_sgd_recipe_step_by_step(data):
 def test_augmentation_reaches_training_and_unlearning(data, classifier):
     train, rows = on_device(data.train), np.arange(300)
     trained = []
-    for augmented in (False, True):
-        trainer = make_trainer(classifier, dataclasses.replace(RECIPE, augmented=augmented))
+    for is_augmented in (False, True):
+        trainer = make_trainer(classifier, dataclasses.replace(RECIPE, augmented=is_augmented))
         trained.append(trainer.train(train, trainer.plan(rows, 0), 0)[0])
     assert not np.allclose(*(jax.tree.leaves(params)[0] for params in trained), atol=1e-3)
     plan = make_plan(np.arange(30), np.arange(30, 300), steps=10, batch_size=16, seed=0)
-    knobs, wrong = {"learning_rate": 0.01}, jnp.zeros(300, jnp.int32)
+    knobs, losses = {"learning_rate": 0.01}, label_losses(classifier.apply)
     ends = []
-    for augmented in (False, True):
-        unlearn = make_unlearn(make_unlearner(PEERS["PCGrad"], classifier.apply, augmented=augmented))
-        ends.append(unlearn(knobs, trained[0], train, wrong, plan, 0).params)
+    for augmentation in (None, augmented):
+        unlearn = make_unlearn(make_unlearner(PEERS["PCGrad"].make, losses, augmented=augmentation))
+        ends.append(unlearn(knobs, trained[0], train, plan, 0).params)
     assert not np.allclose(*(jax.tree.leaves(params)[0] for params in ends), atol=1e-4)
 
 
@@ -225,21 +221,20 @@ def test_many_models_in_one_call_are_the_same_models(data, classifier, trainer):
 @pytest.mark.parametrize("method", ["SalUn", "SCRUB", "EUPMU lookahead"])
 def test_unlearning_many_at_once_is_unlearning_each(method, data, classifier, trainer):
     train = on_device(data.train)
-    wrong = jnp.asarray(wrong_labels(data.train.y, 10, 0))
     params, _ = trainer.train(train, trainer.plan(np.arange(300), 0), 0)
     peer = PEERS[method]
     knobs = {"learning_rate": 0.003, **{name: float(np.mean(r)) for name, r in peer.knobs.items()}}
-    unlearner = make_unlearner(peer, classifier.apply, weight_decay=1e-3)
+    unlearner = make_unlearner(peer.make, label_losses(classifier.apply), weight_decay=1e-3)
     plans = [make_plan(np.arange(30), np.arange(30, 300), steps=20, batch_size=16, seed=s) for s in (0, 1)]
     unlearn = make_unlearn(unlearner)
     parts = []
-    singles = [unlearn(knobs, params, train, wrong, plan, 0, parts.append) for plan in plans]
+    singles = [unlearn(knobs, params, train, plan, 0, parts.append) for plan in plans]
     assert sum(parts) == pytest.approx(2)
     assert singles[0].history["retain_loss"].shape == (20,)
     both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
-    stacked = Plan(*(np.stack(part) for part in zip(*plans, strict=True)))
+    stacked = jax.tree.map(lambda *parts: np.stack(parts), *plans)
     keys = jax.random.split(jax.random.key(0), 2)
-    many = make_unlearn_many(unlearner)(knobs, both, keys, train, wrong, stacked)
+    many = make_unlearn_many(unlearner)(knobs, both, keys, train, stacked)
     for i, single in enumerate(singles):
         assert_trees_close(jax.tree.map(lambda leaf, i=i: leaf[i], many), single.params, atol=1e-5)
     assert not np.allclose(
@@ -279,27 +274,27 @@ def test_blind_score_by_hand():
 
 def test_records_survive_being_killed(tmp_path):
     path = tmp_path / "records.jsonl"
-    with bench.open_records(path) as records:
+    with open_records(path) as records:
         assert records.get(("run", "a"), lambda: {"x": 1.5})["x"] == 1.5
         records.get(("run", "b"), lambda: {"x": float("nan")})
     path.write_text(path.read_text() + '{"key": ["run", "c"], "x"')
-    assert [record["key"][1] for record in bench.of_kind(bench.read_records(path), "run")] == ["a", "b"]
-    with bench.open_records(path) as records:
+    assert [record["key"][1] for record in of_kind(read_records(path), "run")] == ["a", "b"]
+    with open_records(path) as records:
         assert records.get(("run", "a"), pytest.fail) == {"key": ["run", "a"], "x": 1.5}
         assert records.get(("run", "c"), lambda: {"x": 2})["x"] == 2
     assert len(path.read_text().splitlines()) == 3
-    assert list(bench.read_records(path)) == [("run", "a"), ("run", "b"), ("run", "c")]
+    assert list(read_records(path)) == [("run", "a"), ("run", "b"), ("run", "c")]
 
 
 def test_two_processes_cannot_write_one_study(tmp_path):
     path = tmp_path / "records.jsonl"
     with (
-        bench.open_records(path),
+        open_records(path),
         pytest.raises(ValueError, match="another process"),
-        bench.open_records(path),
+        open_records(path),
     ):
         pass
-    with bench.open_records(path):
+    with open_records(path):
         pass
 
 
@@ -307,12 +302,12 @@ def test_damaged_records_are_named(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text('{"key": ["run", "a"]}\nnonsense\n')
     with pytest.raises(ValueError, match=r"records\.jsonl: line 2 is damaged"):
-        bench.read_records(path)
+        read_records(path)
 
 
 def test_front_and_hypervolume_by_hand():
     points = np.array([[10.0, 90.0], [50.0, 60.0], [40.0, 50.0], [90.0, 20.0], [50.0, 10.0]])
-    np.testing.assert_array_equal(plots.front(points), [[90, 20], [50, 60], [10, 90]])
+    np.testing.assert_array_equal(comparison_plots.front(points), [[90, 20], [50, 60], [10, 90]])
     assert plots.hypervolume(points, 100) == pytest.approx((90 * 20 + 50 * 40 + 10 * 30) / 1e4)
     assert plots.hypervolume(points, 60) == pytest.approx((60 * 20 + 50 * 40 + 10 * 30) / 6e3)
     assert plots.hypervolume(np.array([[np.nan, 1.0]]), 100) == 0
@@ -337,11 +332,6 @@ def test_mean_and_std_over_seeds():
     assert list(table["x"]) == ["3.0 ± 1.4", "-", "7.0"]
 
 
-def test_provenance_without_git(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert report.session()["commit"] == "unknown"
-
-
 def test_run_folders_never_collide(tmp_path):
     assert len({report.new_run_dir(tmp_path, "x") for _ in range(5)}) == 5
 
@@ -360,9 +350,9 @@ of_one_study = pytest.mark.xdist_group("study")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A whole tiny study, and its folder."""
-    path = report.start_run(tmp_path_factory.mktemp("runs"), "classification-tiny", TINY)
+    path = report.start_run(tmp_path_factory.mktemp("runs"), "classification", TINY, "tiny")
     parts = []
-    made = bench.make_bench(TINY)
+    made = make_testbed(TINY)
     study.run(made, path, lambda what, part: parts.append(part))
     return made, path, sum(parts)
 
@@ -410,7 +400,7 @@ def test_a_study_reports_everything_it_should(finished):
 @of_one_study
 def test_the_likelihood_ratio_attack_knows_original_from_retrain(finished):
     _, path, _ = finished
-    records = bench.of_kind(bench.read_records(path / "records.jsonl"), "likelihood ratio")
+    records = of_kind(read_records(path / "records.jsonl"), "likelihood ratio")
     found = {record["key"][2]: record for record in records}
     assert list(found) == ["Original", "Retrain", *TINY.methods]
     figures = {name: (record["auc"], record["accuracy"]) for name, record in found.items()}
@@ -422,7 +412,7 @@ def test_the_likelihood_ratio_attack_knows_original_from_retrain(finished):
 @of_one_study
 def test_gradient_evaluations(finished):
     made, _, _ = finished
-    gradients = lambda method: scores.step_cost(made, method)["gradients"]
+    gradients = lambda method: costs.step_cost(made, method)["gradients"]
     assert gradients("fine-tuning") == pytest.approx(0.5, abs=0.05)
     assert gradients("random labels") == pytest.approx(1, abs=0.05)
     assert 1.1 < gradients("EUPMU lookahead") < 1.4
@@ -432,7 +422,7 @@ def test_gradient_evaluations(finished):
 @of_one_study
 def test_an_interrupted_study_ends_like_an_uninterrupted_one(finished, tmp_path):
     made, whole, _ = finished
-    folder = report.start_run(tmp_path, "classification-tiny", TINY)
+    folder = report.start_run(tmp_path, "classification", TINY, "tiny")
 
     def stop_in_the_middle(what, part):
         if what.startswith("random:0.1: SalUn"):
@@ -444,12 +434,12 @@ def test_an_interrupted_study_ends_like_an_uninterrupted_one(finished, tmp_path)
     half = path.read_text()
     assert 0 < len(half.splitlines()) < len((whole / "records.jsonl").read_text().splitlines())
     path.write_text(half + '{"key": ["ru')
-    study.run(bench.make_bench(TINY), folder, lambda what, part: None)
+    study.run(make_testbed(TINY), folder, lambda what, part: None)
     (first,) = report.read_origin(folder)["sessions"]
     report.write_origin(folder, report.read_origin(folder) | {"sessions": [first | {"commit": "other"}]})
     report.note_session(folder)
     assert len(report.read_origin(folder)["sessions"]) == 2, "other code was noted"
-    resumed, expected = (bench.read_records(run / "records.jsonl") for run in (folder, whole))
+    resumed, expected = (read_records(run / "records.jsonl") for run in (folder, whole))
     assert resumed.keys() == expected.keys()
     for key, record in expected.items():
         if key[0] != "cost":
@@ -462,29 +452,38 @@ def test_an_interrupted_study_ends_like_an_uninterrupted_one(finished, tmp_path)
 def test_configs_survive_json():
     for config in CONFIGS.values():
         values = json.loads(json.dumps(report.plain(dataclasses.asdict(config))))
-        assert classification.restored(values) == config
+        assert command.restored(Config, values) == config
+
+
+def parsed(arguments):
+    return command.parse(arguments, "python -m experiments.classification", Config, CONFIGS)
 
 
 def test_command_line(tmp_path):
     runs = ["--runs-dir", str(tmp_path)]
     given = ["--smoke", "--trials", "3", "--training.epochs", "5", *runs]
-    config, name, path = classification.chosen(given)
-    assert (config.trials, config.training.epochs, name, path) == (3, 5, "smoke", None)
-    path = report.start_run(tmp_path, "classification-smoke", config)
-    assert classification.chosen(["--resume", str(path)])[::2] == (config, path)
-    chosen = classification.chosen(["--config", "cifar100", *runs])[0]
+    config, path = parsed(given)
+    assert (config.trials, config.training.epochs, path) == (3, 5, None)
+    assert config.unlearning_epochs == CONFIGS["smoke"].unlearning_epochs
+    assert parsed(runs).config == dataclasses.replace(CONFIGS["digits"], runs_dir=tmp_path)
+    path = report.start_run(tmp_path, "classification", config, "smoke")
+    assert parsed(["--resume", str(path)]) == (config, path)
+    chosen = parsed(["--config", "cifar100", *runs]).config
     assert chosen == dataclasses.replace(CONFIGS["cifar100"], runs_dir=tmp_path)
     for option in (["--trials", "3"], ["--config", "digits"]):
         with pytest.raises(ValueError, match="leave the other options out"):
-            classification.chosen(["--resume", str(path), *option])
+            parsed(["--resume", str(path), *option])
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        classification.chosen(["--resume", str(tmp_path)])
+        parsed(["--resume", str(tmp_path)])
     (path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="not the description of a run"):
-        classification.chosen(["--resume", str(path)])
+        parsed(["--resume", str(path)])
     other = report.start_run(tmp_path, "knobs", config)
     with pytest.raises(ValueError, match="a run of knobs, not of classification"):
-        classification.chosen(["--resume", str(other)])
+        parsed(["--resume", str(other)])
+    report.write_origin(path, {"name": "classification", "config": {"trials": 3}, "sessions": []})
+    with pytest.raises(ValueError, match="other code, whose settings differ: batch_size"):
+        parsed(["--resume", str(path)])
 
 
 @pytest.mark.parametrize(
@@ -512,7 +511,7 @@ def test_settings_that_cannot_work_are_named(change, named):
 @of_one_study
 def test_trials_of_other_settings_are_not_reused(finished, tmp_path):
     made, whole, _ = finished
-    folder = report.start_run(tmp_path, "classification-tiny", TINY)
+    folder = report.start_run(tmp_path, "classification", TINY, "tiny")
     text = (whole / "records.jsonl").read_text()
     changed = text.replace('"knobs": {"learning_rate": ', '"knobs": {"learning_rate": 1')
     (folder / "records.jsonl").write_text(changed)
@@ -537,7 +536,7 @@ def test_help_teaches():
 )
 def test_a_command_that_cannot_work_says_so(arguments, message, tmp_path):
     with pytest.raises((ValueError, OSError), match=message):
-        classification.main([*arguments, "--runs-dir", str(tmp_path), "--training.epochs", "1"])
+        classification.main(*parsed([*arguments, "--runs-dir", str(tmp_path), "--training.epochs", "1"]))
     assert arguments[0] == "--smoke" or not list(tmp_path.iterdir()), "no folder for nothing"
 
 

@@ -11,8 +11,7 @@ import optax
 import pytest
 
 import eupmu_jax as eu
-from experiments.shared.data.images import Examples
-from experiments.shared.methods import PEERS, Batch
+from experiments.shared.labels import LabelledExamples, label_losses
 from experiments.shared.methods.eupmu import eupmu
 from experiments.shared.methods.exact_surgery import exact_surgery
 from experiments.shared.methods.famo import famo
@@ -20,13 +19,15 @@ from experiments.shared.methods.fine_tuning import fine_tuning
 from experiments.shared.methods.gdr_gma import gdr_gma
 from experiments.shared.methods.gradient_ascent import gradient_ascent
 from experiments.shared.methods.l1_sparse import l1_sparse
+from experiments.shared.methods.method import Batch, LossFunctions
 from experiments.shared.methods.neggrad_plus import neggrad_plus
 from experiments.shared.methods.ngdiff import ngdiff
 from experiments.shared.methods.pcgrad import pcgrad
 from experiments.shared.methods.pdu import pdu
-from experiments.shared.methods.random_labels import random_labels
 from experiments.shared.methods.salun import salun
+from experiments.shared.methods.scalarisation import scalarisation
 from experiments.shared.methods.scrub import ScrubState, scrub
+from experiments.shared.peers import PEERS
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -42,6 +43,13 @@ def apply(params, x):
     return jnp.stack([score, jnp.zeros_like(score)], -1)
 
 
+LOSSES = label_losses(apply)
+
+
+def the_bias(params):
+    return params["b"]
+
+
 def start():
     return {"a": jnp.array([0.7, -0.4]), "b": jnp.array([0.2])}
 
@@ -51,9 +59,10 @@ def flat(params):
 
 
 def batch(progress=0.0):
-    forget, retain = Examples(FORGET_X, FORGET_Y), Examples(RETAIN_X, RETAIN_Y)
+    forget = LabelledExamples(FORGET_X, FORGET_Y, WRONG)
+    retain = LabelledExamples(RETAIN_X, RETAIN_Y, 1 - RETAIN_Y)
     share = np.float64(0.5)
-    return jax.tree.map(jnp.asarray, Batch(forget, WRONG, retain, np.float64(progress), share))
+    return jax.tree.map(jnp.asarray, Batch(forget, retain, np.float64(progress), share))
 
 
 def loss_and_grad(theta, x, y):
@@ -104,33 +113,33 @@ def test_the_hand_worked_gradient_is_the_models():
 
 def test_fine_tuning():
     loss, grad = retain_loss(flat(start()))
-    check(fine_tuning(apply, SGD), grad, retain_loss=loss, forget_loss=np.nan)
+    check(fine_tuning(LOSSES, SGD), grad, retain_loss=loss, forget_loss=np.nan)
 
 
 def test_gradient_ascent():
     loss, grad = true_loss(flat(start()))
-    check(gradient_ascent(apply, SGD), -grad, forget_loss=-loss)
+    check(gradient_ascent(LOSSES, SGD), -grad, forget_loss=-loss)
 
 
 def test_neggrad_plus():
     (forget, g_f), (_, g_r) = true_loss(flat(start())), retain_loss(flat(start()))
-    check(neggrad_plus(apply, SGD, ascent=0.2), 0.8 * g_r - 0.2 * g_f, forget_loss=-forget, multiplier=4)
+    check(neggrad_plus(LOSSES, SGD, ascent=0.2), 0.8 * g_r - 0.2 * g_f, forget_loss=-forget, multiplier=4)
 
 
 def test_random_labels():
     (forget, g_f), (retain, g_r) = wrong_loss(flat(start())), retain_loss(flat(start()))
     recorded = {"forget_loss": forget, "retain_loss": retain, "multiplier": 3}
-    check(random_labels(apply, SGD, weight=3.0), (g_f + 3 * g_r) / 4, **recorded)
-    got, _, seen = stepped(random_labels(apply, SGD, weight=5.0, ramped=True), [batch(progress=0.5)])
+    check(scalarisation(LOSSES, SGD, weight=3.0), (g_f + 3 * g_r) / 4, **recorded)
+    got, _, seen = stepped(scalarisation(LOSSES, SGD, weight=5.0, ramped=True), [batch(progress=0.5)])
     np.testing.assert_allclose(got, flat(start()) - RATE * (g_f + 3 * g_r) / 4, rtol=1e-12)
     assert seen["multiplier"] == 3
     direction = (g_f / forget + 3 * g_r / retain) / 4
-    check(random_labels(apply, SGD, weight=3.0, log_losses=True), direction, **recorded)
+    check(scalarisation(LOSSES, SGD, weight=3.0, log_losses=True), direction, **recorded)
 
 
 def test_log_random_labels_survive_a_loss_of_zero():
     params = {"a": jnp.array([3000.0, -3000.0]), "b": jnp.array([0.0])}
-    method = random_labels(apply, SGD, weight=3.0, log_losses=True)
+    method = scalarisation(LOSSES, SGD, weight=3.0, log_losses=True)
     params, _, _ = method.step(params, method.init(params, None), batch())
     assert np.all(np.isfinite(flat(params)))
 
@@ -145,7 +154,7 @@ def test_salun_keeps_masked_weights_still_under_momentum_and_decay():
         grad = (wrong_loss(theta)[1] + 2 * retain_loss(theta)[1]) / 3 + 0.5 * theta
         velocity = 0.9 * velocity + grad
         theta = theta - RATE * velocity * kept
-    got, _, _ = stepped(salun(apply, optimizer, weight=2.0), [None] * 3)
+    got, _, _ = stepped(salun(LOSSES, optimizer, weight=2.0), [None] * 3)
     np.testing.assert_allclose(got, theta, rtol=1e-12)
     assert np.array_equal(got[~kept], flat(start())[~kept])
 
@@ -154,7 +163,7 @@ def test_salun_masks_by_the_whole_forget_set():
     one_by_one = jax.tree.map(
         lambda leaf: leaf[:, None], batch()._replace(progress=jnp.zeros(2), forget_share=jnp.zeros(2))
     )
-    method = salun(apply, SGD, weight=2.0)
+    method = salun(LOSSES, SGD, weight=2.0)
     separate, _ = method.init(start(), one_by_one)
     together, _ = method.init(start(), jax.tree.map(lambda leaf: leaf[None], batch()))
     assert jax.tree.all(jax.tree.map(lambda a, b: jnp.array_equal(a, b), separate, together))
@@ -163,7 +172,7 @@ def test_salun_masks_by_the_whole_forget_set():
 def test_l1_sparse_decays_its_penalty():
     theta = flat(start())
     _, grad = retain_loss(theta)
-    got, _, _ = stepped(l1_sparse(apply, SGD, penalty=0.3), [batch(progress=0.25)])
+    got, _, _ = stepped(l1_sparse(LOSSES, SGD, penalty=0.3), [batch(progress=0.25)])
     np.testing.assert_allclose(got, theta - RATE * (grad + 0.3 * 0.75 * np.sign(theta)), rtol=1e-12)
 
 
@@ -171,7 +180,8 @@ def test_scrub_goes_down_on_the_retain_batch_and_up_on_the_forget_batch():
     """With a forget share of a half, every other step goes up."""
     teacher = {"a": jnp.array([-0.2, 0.5]), "b": jnp.array([0.1])}
     temperature, weight = 2.0, 0.5
-    method = scrub(apply, SGD, ascent_share=0.5, distillation_weight=weight, temperature=temperature)
+    losses = label_losses(apply, temperature)
+    method = scrub(losses, SGD, ascent_share=0.5, distillation_weight=weight)
 
     def distance_grad(theta, x):
         """Of T^2 KL(teacher || student) for two classes: T (p_student - p_teacher) x, a mean."""
@@ -193,7 +203,7 @@ def test_scrub_goes_down_on_the_retain_batch_and_up_on_the_forget_batch():
 
 
 def test_scrub_goes_up_as_often_as_the_forget_set_is_large():
-    method = scrub(apply, SGD, ascent_share=1.0)
+    method = scrub(LOSSES, SGD, ascent_share=1.0)
     given = batch()._replace(forget_share=jnp.float32(0.1))
     params, state, ups = start(), method.init(start(), None), 0
     step = jax.jit(method.step)
@@ -204,7 +214,7 @@ def test_scrub_goes_up_as_often_as_the_forget_set_is_large():
 
 
 def test_scrub_teaches_by_the_original():
-    state = scrub(apply, SGD, ascent_share=0.5).init(start(), None)
+    state = scrub(LOSSES, SGD, ascent_share=0.5).init(start(), None)
     np.testing.assert_array_equal(flat(state.teacher), flat(start()))
 
 
@@ -215,23 +225,24 @@ def test_famo_repeats_the_released_trajectories(name):
     problem, settings = case["problem"], case["settings"]
     array = lambda key: jnp.asarray(problem[key], jnp.float64)
 
-    def losses_fn(theta, batch):
-        u, r = theta - array("a"), theta - array("b")
-        forget = 0.5 * u @ array("A") @ u + problem["c_U"]
-        return eu.Losses(forget, 0.5 * r @ array("B") @ r + problem["c_R"])
+    def quadratic(matrix, centre, least):
+        away = lambda theta: theta - array(centre)
+        return lambda theta, examples: 0.5 * away(theta) @ array(matrix) @ away(theta) + problem[least]
+
+    forget, retain = quadratic("A", "a", "c_U"), quadratic("B", "b", "c_R")
+    losses = LossFunctions(forget, retain, divergence=None)
 
     primal = settings["primal"]
     optimizer = optax.sgd(primal["lr"], momentum=primal["momentum"] or None)
-    method = famo(losses_fn, optimizer, weight_rate=settings["w_lr"], decay=settings["gamma"])
+    method = famo(losses, optimizer, weight_rate=settings["w_lr"], decay=settings["gamma"])
     theta = array("theta0")
     state = method.init(theta, None)
     series = {"U": [], "R": [], "w_after_retain": [], "w_after_forget": [], "z_retain_used": []}
     for _ in range(golden["steps"]):
-        losses = losses_fn(theta, None)
-        series["U"].append(losses.forget)
-        series["R"].append(losses.retain)
+        series["U"].append(forget(theta, None))
+        series["R"].append(retain(theta, None))
         series["z_retain_used"].append(jax.nn.softmax(state.logits)[0])
-        theta, state, _ = jax.jit(method.step)(theta, state, None)
+        theta, state, _ = jax.jit(method.step)(theta, state, Batch(None, None, 0.0, 0.0))
         series["w_after_retain"].append(state.logits[0])
         series["w_after_forget"].append(state.logits[1])
     trajectory = case["trajectory"]
@@ -251,7 +262,7 @@ def test_gdr_gma_projects_both_ways_tensor_by_tensor():
     assert not np.allclose(rectified_f, g_f)
     share = 1 / (1 + np.exp(3 * (loss_r - 0.6)))
     check(
-        gdr_gma(apply, SGD, target=0.6, sharpness=3.0),
+        gdr_gma(LOSSES, SGD, output_bias=the_bias, target=0.6, sharpness=3.0),
         (1 - share) * rectified_r + share * rectified_f,
         multiplier=(1 - share) / share,
         retain_loss=loss_r,
@@ -270,7 +281,9 @@ def test_gdr_gma_clears_the_output_bias_of_the_bank_once_it_is_full():
     x, y = FORGET_X, FORGET_Y
     loss = lambda p: -optax.softmax_cross_entropy_with_integer_labels(two_logits(p, x), y).mean()
     forget = np.asarray(jax.grad(loss)(params)["z"]["bias"])
-    method = gdr_gma(two_logits, SGD, target=10.0)  # R far below the target: forget alone
+    bias = lambda params: params["z"]["bias"]
+    # R far below the target: forget alone.
+    method = gdr_gma(label_losses(two_logits), SGD, output_bias=bias, target=10.0)
     two_batches = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), batch())
     state = method.init(params, two_batches)
     assert state.bank.shape == (2, 2), "one pass over the forget set"
@@ -294,7 +307,7 @@ def test_gdr_gma_clears_the_output_bias_of_the_bank_once_it_is_full():
 def test_pcgrad():
     (forget, g_f), (retain, g_r) = wrong_loss(flat(start())), retain_loss(flat(start()))
     direction = projected_off(g_f, g_r) + projected_off(g_r, g_f)
-    check(pcgrad(apply, SGD), direction, forget_loss=forget, retain_loss=retain)
+    check(pcgrad(LOSSES, SGD), direction, forget_loss=forget, retain_loss=retain)
 
 
 def test_exact_surgery():
@@ -302,7 +315,7 @@ def test_exact_surgery():
     multiplier = (0.05 - g_r @ g_f) / (g_r @ g_r)
     direction = g_f + multiplier * g_r
     assert g_r @ direction == pytest.approx(0.05)
-    check(exact_surgery(apply, SGD, demand=0.05), direction, multiplier=multiplier)
+    check(exact_surgery(LOSSES, SGD, demand=0.05), direction, multiplier=multiplier)
 
 
 def test_pdu():
@@ -311,7 +324,7 @@ def test_pdu():
         loss, g_r = retain_loss(theta)
         theta = theta - RATE * (wrong_loss(theta)[1] + multiplier * g_r)
         multiplier = max(0.0, multiplier + 4.0 * (loss - 0.9))
-    got, state, _ = stepped(pdu(apply, SGD, bound=0.9, dual_rate=4.0), [None] * 3)
+    got, state, _ = stepped(pdu(LOSSES, SGD, bound=0.9, dual_rate=4.0), [None] * 3)
     np.testing.assert_allclose(got, theta, rtol=1e-12)
     np.testing.assert_allclose(state.multiplier, multiplier, rtol=1e-12)
     assert multiplier == 0
@@ -320,7 +333,7 @@ def test_pdu():
 def test_ngdiff():
     (_, g_f), (_, g_r) = true_loss(flat(start())), retain_loss(flat(start()))
     norm = np.linalg.norm
-    check(ngdiff(apply, SGD), g_r / norm(g_r) - g_f / norm(g_f), multiplier=norm(g_f) / norm(g_r))
+    check(ngdiff(LOSSES, SGD), g_r / norm(g_r) - g_f / norm(g_f), multiplier=norm(g_f) / norm(g_r))
 
 
 @pytest.mark.parametrize("measure", ["lookahead", "directional"])
@@ -332,7 +345,7 @@ def test_eupmu(measure):
     after = theta - RATE * direction
     rise = retain_loss(after)[0] - loss if measure == "lookahead" else -g_r @ direction
     for demand, sign in ((-rise + 0.1, 1), (-rise - 0.1, -1)):
-        got, state, _ = stepped(eupmu(apply, SGD, demand=demand, measure=measure))
+        got, state, _ = stepped(eupmu(LOSSES, SGD, demand=demand, measure=measure))
         np.testing.assert_allclose(got, after, rtol=1e-12)
         np.testing.assert_allclose(eu.multiplier(state), 1 + sign * 0.05, rtol=1e-6)
 
@@ -341,11 +354,14 @@ def test_eupmu(measure):
 def test_every_peer_runs_with_its_knobs_traced_and_keeps_its_structure(name):
     """One compiled step serves all settings; a scan over it needs the state's types to be stable."""
     peer = PEERS[name]
+    # The study's networks and this model have their output bias in different places.
+    own_bias = {"output_bias": the_bias} if name == "GDR-GMA" else {}
 
     @jax.jit
     def run(knobs, params):
         rate, *own = knobs
-        method = peer.make(apply, optax.sgd(rate), **dict(zip(peer.knobs, own, strict=True)))
+        settings = dict(zip(peer.knobs, own, strict=True)) | own_bias
+        method = peer.make(LOSSES, optax.sgd(rate), **settings)
         state = method.init(params, jax.tree.map(lambda leaf: leaf[None], batch()))
 
         def body(carry, _):
@@ -370,7 +386,7 @@ def test_eupmu_with_a_utility_for_each_class():
     theta = flat(start())
     of_one = [loss_and_grad(theta, RETAIN_X[i : i + 1], RETAIN_Y[i : i + 1]) for i in (0, 1)]
     (_, g_f), ((_, g_first), (_, g_second)) = wrong_loss(theta), of_one
-    method = eupmu(apply, SGD, demand=0.0, classes=3)
+    method = eupmu(LOSSES, SGD, demand=0.0, classes=3, measure="lookahead")
     got, state, seen = stepped(method)
     direction = (g_f + (g_first + g_second) / 3) / 2
     np.testing.assert_allclose(got, theta - RATE * direction, rtol=1e-12)

@@ -7,7 +7,6 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.classification.bench import open_records
 from experiments.scaling import hlo, report
 from experiments.scaling.compile import Cell, lowered, measure, prepare
 from experiments.scaling.flops import flops_of
@@ -29,6 +28,7 @@ from experiments.scaling.steps import (
     Batch,
     in_two_passes,
 )
+from experiments.shared.records import open_records
 from experiments.shared.report import read_csv
 
 TINY = Size(layers=2, width=16, heads=4, kv_heads=2, hidden=24, vocabulary=32)

@@ -1,17 +1,20 @@
 """Exact unilateral gradient surgery: the closed form that EUPMU approaches, from two gradients."""
 
+import jax
 import optax
 
 import eupmu_jax as eu
-from experiments.shared.methods.method import Apply, Method, descend, random_label_losses, record
+from experiments.shared.methods.method import LossFunctions, Method, descend, forget_and_retain, record
 
 
-def exact_surgery(apply: Apply, optimizer: optax.GradientTransformation, *, demand) -> Method:
+def exact_surgery(
+    losses: LossFunctions, optimizer: optax.GradientTransformation, *, demand: jax.Array | float
+) -> Method:
     """Descends along g_f + lambda* g_r, the nearest to g_f that keeps <g_r, d> >= demand.
 
     Source: arXiv 2510.22124; with demand 0 this is GRU, arXiv 2503.09117.
     """
-    grads_fn = eu.forget_and_retain_grads(random_label_losses(apply))
+    grads_fn = eu.forget_and_retain_grads(forget_and_retain(losses))
 
     def step(params, state, batch):
         losses, forget_grads, retain_grads = grads_fn(params, batch)
@@ -23,11 +26,15 @@ def exact_surgery(apply: Apply, optimizer: optax.GradientTransformation, *, dema
 
 
 def exact_surgery_budget(
-    apply: Apply, optimizer: optax.GradientTransformation, *, budget, baseline
+    losses: LossFunctions,
+    optimizer: optax.GradientTransformation,
+    *,
+    budget: jax.Array | float,
+    baseline: jax.Array | float,
 ) -> Method:
     """`eupmu_jax.explicit_surgery` with a budget for the whole run."""
-    grads_fn = eu.forget_and_retain_grads(random_label_losses(apply))
-    tx = optax.chain(eu.explicit_surgery(budget=budget, retain_baseline=baseline), optimizer)
+    grads_fn = eu.forget_and_retain_grads(forget_and_retain(losses))
+    tx = optax.chain(eu.explicit_surgery(eu.Budget(budget, baseline=baseline)), optimizer)
 
     def step(params, state, batch):
         losses, forget_grads, retain_grads = grads_fn(params, batch)

@@ -1,23 +1,29 @@
 """FAMO: softmax weights over log losses, moved by the decreases observed after a step."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.shared.methods.method import Apply, Method, descend, random_label_losses, record
+from experiments.shared.methods.method import LossFunctions, Method, descend, forget_and_retain, record
 
 
 class FamoState(NamedTuple):
     """Logits of the two weights [retain, forget], their optimiser's state, and the inner one's."""
 
-    logits: Any
-    weight_state: Any
-    optimizer_state: Any
+    logits: jax.Array
+    weight_state: optax.OptState
+    optimizer_state: optax.OptState
 
 
-def famo(losses_fn, optimizer: optax.GradientTransformation, *, weight_rate, decay=1e-5) -> Method:
+def famo(
+    losses: LossFunctions,
+    optimizer: optax.GradientTransformation,
+    *,
+    weight_rate: jax.Array | float,
+    decay: float = 1e-5,
+) -> Method:
     r"""Descends sum_k z_k log L_k / sum_k (z_k / L_k), z = softmax(logits), L = (R, U).
 
     After the step both losses are evaluated again on the batch, and Adam moves the logits along
@@ -26,11 +32,11 @@ def famo(losses_fn, optimizer: optax.GradientTransformation, *, weight_rate, dec
 
     Source: Liu et al., arXiv 2306.03792, algorithm 1.
     """
-    offset = 1e-8
+    batch_losses, offset = forget_and_retain(losses), 1e-8
     weight_optimizer = optax.chain(optax.add_decayed_weights(decay), optax.adam(weight_rate))
 
     def log_losses(params, batch):
-        losses = losses_fn(params, batch)
+        losses = batch_losses(params, batch)
         return jnp.log(jnp.stack([losses.retain, losses.forget]) + offset), losses
 
     def init(params, batches):
@@ -51,13 +57,8 @@ def famo(losses_fn, optimizer: optax.GradientTransformation, *, weight_rate, dec
         after, _ = log_losses(params, batch)
         (slope,) = pull_softmax(before - after)
         updates, weight_state = weight_optimizer.update(slope, state.weight_state, state.logits)
-        logits = optax.apply_updates(state.logits, updates)
+        logits = jnp.asarray(optax.apply_updates(state.logits, updates))
         seen = record(losses.forget, losses.retain, z[0] / z[1])
         return params, FamoState(logits, weight_state, optimizer_state), seen
 
     return Method(init, step)
-
-
-def random_label_famo(apply: Apply, optimizer: optax.GradientTransformation, *, weight_rate) -> Method:
-    """FAMO on EUPMU's losses."""
-    return famo(random_label_losses(apply), optimizer, weight_rate=weight_rate)

@@ -3,14 +3,14 @@
 import jax
 import optax
 
-from experiments.shared.methods.method import Apply, Method, cross_entropy, descend, record
+from experiments.shared.methods.method import LossFunctions, Method, descend, record, retain_loss
 
 
-def fine_tuning(apply: Apply, optimizer: optax.GradientTransformation) -> Method:
+def fine_tuning(losses: LossFunctions, optimizer: optax.GradientTransformation) -> Method:
     """Descends R; the forget set is not looked at."""
 
     def step(params, state, batch):
-        loss, grads = jax.value_and_grad(lambda p: cross_entropy(apply, p, *batch.retain))(params)
+        loss, grads = jax.value_and_grad(lambda p: retain_loss(losses, p, batch))(params)
         params, state = descend(optimizer, grads, state, params)
         return params, state, record(retain_loss=loss)
 

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import optax
 
 import eupmu_jax as eu
-from experiments.shared.methods.method import Apply, Method, ascent_losses, descend, record
+from experiments.shared.methods.method import LossFunctions, Method, ascent_and_retain, descend, record
 
 
-def ngdiff(apply: Apply, optimizer: optax.GradientTransformation) -> Method:
-    """Descends along grad R / |grad R| - grad CE(forget) / |grad CE(forget)|.
+def ngdiff(losses: LossFunctions, optimizer: optax.GradientTransformation) -> Method:
+    """Descends along grad R / |grad R| - grad L / |grad L|, L the training loss of the forget batch.
 
     Source: Bu et al., arXiv 2410.22086; the learning rate is tuned here, not set by their scheduler.
     """
-    grads_fn = eu.forget_and_retain_grads(ascent_losses(apply))
+    grads_fn = eu.forget_and_retain_grads(ascent_and_retain(losses))
 
     def normalised(grads):
         norm = optax.tree.norm(grads)

@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import optax
 
 import eupmu_jax as eu
-from experiments.shared.methods.method import Apply, Method, descend, random_label_losses, record
+from experiments.shared.methods.method import LossFunctions, Method, descend, forget_and_retain, record
 from experiments.shared.methods.projection import tree_without_conflict
 
 
-def pcgrad(apply: Apply, optimizer: optax.GradientTransformation) -> Method:
+def pcgrad(losses: LossFunctions, optimizer: optax.GradientTransformation) -> Method:
     """Descends along the sum of the two gradients, each projected off the other's original.
 
     Source: Yu et al., arXiv 2001.06782, algorithm 1.
     """
-    grads_fn = eu.forget_and_retain_grads(random_label_losses(apply))
+    grads_fn = eu.forget_and_retain_grads(forget_and_retain(losses))
 
     def step(params, state, batch):
         losses, forget_grads, retain_grads = grads_fn(params, batch)

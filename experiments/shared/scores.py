@@ -1,23 +1,18 @@
-"""What is measured of one model, and of one step of a method."""
+"""What is measured of one model, and how far that is from retraining."""
 
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from eupmu_jax import evaluation
-from experiments.classification.bench import Bench, Outputs
-from experiments.shared.data.images import Examples
 from experiments.shared.forget_sets import Task
-from experiments.shared.methods import Batch
-from experiments.shared.methods.method import random_label_losses
+from experiments.shared.testbed import Outputs, Testbed
 
 
-def accuracies(bench: Bench, task: Task, outputs: Outputs) -> dict[str, float]:
+def accuracies(testbed: Testbed, task: Task, outputs: Outputs) -> dict[str, float]:
     """UA, RA and TA, and VA on the validation set; NaN for what is not finite."""
-    train, validation, test = bench.data
+    train, validation, test = testbed.data
     kept_validation, kept_test = task.judged_on(validation), task.judged_on(test)
     pairs = {
         "UA": (outputs.train[task.forget], train.y[task.forget]),
@@ -32,17 +27,17 @@ def accuracies(bench: Bench, task: Task, outputs: Outputs) -> dict[str, float]:
 
 
 def full_scores(
-    bench: Bench, task: Task, outputs: Outputs, retrain: Outputs, features: Sequence[str]
+    testbed: Testbed, task: Task, outputs: Outputs, retrain: Outputs, features: Sequence[str]
 ) -> dict[str, Any]:
     """Everything that is reported of one model, beside what it cost; attacked by "confidence" and others."""
-    train, _, test = bench.data
+    train, _, test = testbed.data
     kept = task.judged_on(test)
     parts = {
         "forget": (outputs.train[task.forget], train.y[task.forget], retrain.train[task.forget]),
         "retain": (outputs.train[task.retain], train.y[task.retain], retrain.train[task.retain]),
         "test": (outputs.test[kept], test.y[kept], retrain.test[kept]),
     }
-    scores = accuracies(bench, task, outputs)
+    scores = accuracies(testbed, task, outputs)
     if not np.isfinite(scores["UA"]):
         return scores | {"diverged": True}
     forget, retain, of_test = ((p, y) for p, y, _ in parts.values())
@@ -68,30 +63,3 @@ def against_retrain(scores: dict[str, Any], retrain: dict[str, Any]) -> dict[str
         "ToW": evaluation.tug_of_war(scores, retrain),
         "over-forgets": evaluation.over_forgetting(scores, retrain),
     }
-
-
-def step_cost(bench: Bench, method: str) -> dict[str, float]:
-    """One step's cost, and how many gradients of both losses on one batch it and the run amount to."""
-    size, train = bench.config.batch_size, bench.train
-    shape = lambda *leading: Examples(
-        *(jax.ShapeDtypeStruct((*leading, *part.shape[1:]), part.dtype) for part in train)
-    )
-    batch = lambda *leading: Batch(
-        shape(*leading),
-        shape(*leading).y,
-        shape(*leading),
-        *[jax.ShapeDtypeStruct(leading[:-1], jnp.float32)] * 2,
-    )
-    knobs = dict.fromkeys(
-        ("learning_rate", *bench.peers[method].knobs), jax.ShapeDtypeStruct((), jnp.float32)
-    )
-    params = jax.eval_shape(bench.classifier.init, jax.random.key(0), train.x[:1])
-    unlearner = bench.unlearner(method)
-    state = jax.eval_shape(
-        lambda *args: unlearner.method(args[0]).init(*args[1:]), knobs, params, batch(1, size)
-    )
-    step = jax.jit(lambda knobs, *args: unlearner.method(knobs).step(*args), donate_argnums=(1, 2))
-    costs = evaluation.step_cost(step, knobs, params, state, batch(size))
-    both = lambda params, batch: sum(random_label_losses(bench.classifier.apply)(params, batch))
-    gradients = costs["flops"] / evaluation.step_cost(jax.grad(both), params, batch(size))["flops"]
-    return costs | {"gradients": gradients, "total": gradients * bench.steps}

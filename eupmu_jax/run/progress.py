@@ -1,0 +1,53 @@
+"""A live bar on a terminal, nothing elsewhere."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+SHOWN = ("forget_loss", "retain_loss", "violation", "multiplier")
+
+
+@contextlib.contextmanager
+def live_bar(total: float) -> Iterator[Callable[[float, str], None]]:
+    """A bar on stderr, where that is a terminal.
+
+    Args:
+      total: what the bar counts up to.
+
+    Yields:
+      show(done, text): how much of it is done, and what stands beside the bar.
+    """
+    if not sys.stderr.isatty():
+        yield lambda done, text: None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    text = TextColumn("{task.fields[text]}")
+    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), text)
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total, text="")
+        yield lambda done, text: bar.update(task, completed=done, text=escape(text))
+
+
+@contextlib.contextmanager
+def progress_bar(steps: int) -> Iterator[Callable[[int, Mapping[str, np.ndarray]], None]]:
+    """The bar of an unlearning run.
+
+    Args:
+      steps: how many there are.
+
+    Yields:
+      show(done, seen): how many are done, and for each of `SHOWN` its values so far, of which the last
+      is shown: of several utilities the highest.
+    """
+    if not sys.stderr.isatty():
+        # Nothing is written, and so nothing put into words, step by step.
+        yield lambda done, seen: None
+        return
+    with live_bar(steps) as show:
+        of_step = lambda seen, step: "  ".join(f"{name} {np.max(seen[name][step]):.4g}" for name in SHOWN)
+        yield lambda done, seen: show(done, f"{done} of {steps}  {of_step(seen, done - 1)}")
