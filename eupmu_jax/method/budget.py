@@ -102,8 +102,10 @@ def control(
     # R is heading, and without it the loop swings around the budget.
     rise = (seen.smoothed - seen.before) / budget
     reaction = gain * (PROPORTIONAL * error + DERIVATIVE * rise)
-    # From x = 0 at R_0: what the first batch adds to that is noise, not to be remembered.
-    integral = jnp.where(first, PROPORTIONAL * TARGET, state.integral + INTEGRAL * gain * error)
+    # From x = 0 at R_0, whatever the gain is. It is known once the noise is: until then I_0 follows it.
+    known = jnp.where(first, 0, noise_gain(state.noise, budget))
+    settling = jnp.where(state.steps < NOISE_MEMORY, PROPORTIONAL * TARGET * (gain - known), 0)
+    integral = state.integral + settling + INTEGRAL * jnp.where(first, 0, gain * error)
     # An integral that went on while the exponent is at its end would have to come all the way back (wind-up).
     integral = jnp.clip(integral, lowest - reaction, HIGHEST - reaction)
     exponent = reaction + integral
@@ -149,10 +151,13 @@ def observed(
     last = jnp.where(first, retain_loss, state.last)
     # Half the mean square of successive differences is the variance of one observation, even while R drifts.
     change = jnp.clip((retain_loss - last) / budget, -FAR_ABOVE, FAR_ABOVE) * budget
-    share = 1 / jnp.clip(state.steps, 1, NOISE_MEMORY).astype(retain_loss.dtype)
+    # The second difference takes the place of the first, which is the first batch's.
+    share = 1 / jnp.clip(state.steps - 1, 1, NOISE_MEMORY).astype(retain_loss.dtype)
     noise = state.noise + share * (change**2 / 2 - state.noise)
     before = jnp.where(first, baseline, state.smoothed)
-    return Observation(retain_loss, before, averaged(before, retain_loss), noise)
+    # The first batch is for the noise alone: R_0 is known better than one batch tells.
+    smoothed = jnp.where(first, baseline, averaged(before, retain_loss))
+    return Observation(retain_loss, before, smoothed, noise)
 
 
 def averaged(before: jax.Array, seen: jax.Array) -> jax.Array:
