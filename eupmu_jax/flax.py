@@ -112,9 +112,8 @@ def trainable(params: nnx.State, *filters: Any) -> Callable[[str], bool]:
     Example:
       >>> from flax import nnx
       >>> from eupmu_jax.flax import trainable
-      >>> rngs = nnx.Rngs(0)
-      >>> base = nnx.Linear(4, 4, rngs=rngs)
-      >>> params = nnx.state(nnx.LoRA(4, 2, 4, base_module=base, rngs=rngs))
+      >>> base = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+      >>> params = nnx.state(nnx.LoRA(4, 2, 4, base_module=base, rngs=nnx.Rngs(0)))
       >>> is_trained = trainable(params, nnx.LoRAParam)
       >>> is_trained("lora_a.value"), is_trained("base_module.kernel.value")
       (True, False)
@@ -123,8 +122,7 @@ def trainable(params: nnx.State, *filters: Any) -> Callable[[str], bool]:
     is_variable = lambda node: isinstance(node, nnx.Variable)
     chosen = set()
     for path, variable in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_variable):
-        keys: Any = tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path)
-        if accepts(keys, variable):
+        if accepts(tuple(key.key if hasattr(key, "key") else key.idx for key in path), variable):
             chosen |= {name_of((*path, *rest)) for rest, _ in jax.tree_util.tree_leaves_with_path(variable)}
     if not chosen:
         raise ValueError(f"params has no variable that {filters} accept")

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import eupmu_jax as eu
+import eupmu_jax.flax
 from eupmu_jax import evaluation, objectives
 from eupmu_jax.flax import TrainState
 
@@ -19,7 +20,11 @@ PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name)
     for module in (eu, evaluation, objectives)
     for name in module.__all__
-} | {"eupmu_jax.flax.TrainState": TrainState}
+} | {
+    f"eupmu_jax.flax.{name}": thing
+    for name, thing in vars(eupmu_jax.flax).items()
+    if getattr(thing, "__module__", None) == "eupmu_jax.flax" and not name.startswith("_")
+}
 METHODS = {f"TrainState.{name}": getattr(TrainState, name) for name in ("create", "apply_gradients")}
 RITUALS = re.compile(r"^\s*(Source: (ours|standard)\b|Raises:\s+Nothing|Returns:\s+None)", re.MULTILINE)
 
