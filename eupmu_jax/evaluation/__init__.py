@@ -8,7 +8,7 @@ from eupmu_jax.evaluation.scores import (
     accuracy,
     average_gap,
     classification_scores,
-    forgetting_excess,
+    is_over_forgetting,
     kl_divergence,
     tug_of_war,
 )
@@ -17,7 +17,7 @@ __all__ = [
     "accuracy",
     "average_gap",
     "classification_scores",
-    "forgetting_excess",
+    "is_over_forgetting",
     "kl_divergence",
     "likelihood_ratio_attack",
     "logit_confidence",

@@ -130,7 +130,9 @@ def tug_of_war(scores: Mapping[str, float], retrain: Mapping[str, float]) -> flo
     return float(np.prod([1 - abs(scores[name] - retrain[name]) / 100 for name in ("UA", "RA", "TA")]))
 
 
-def forgetting_excess(scores: Mapping[str, float], retrain: Mapping[str, float], margin: float = 5.0) -> bool:
+def is_over_forgetting(
+    scores: Mapping[str, float], retrain: Mapping[str, float], margin: float = 5.0
+) -> bool:
     r"""Whether forgetting went so far beyond Retrain that it marks the forget set.
 
     .. math:: \exists \, s \in \{UA, MIA\}: \quad a_s - a_s^{\text{Retrain}} > \text{margin}
@@ -151,11 +153,11 @@ def forgetting_excess(scores: Mapping[str, float], retrain: Mapping[str, float],
       ValueError: a score that is NaN, as after divergence.
 
     Example:
-      >>> from eupmu_jax.evaluation import forgetting_excess
+      >>> from eupmu_jax.evaluation import is_over_forgetting
       >>> retrain = {"UA": 5.0, "MIA": 12.0}
-      >>> forgetting_excess({"UA": 7.0, "MIA": 37.0}, retrain)
+      >>> is_over_forgetting({"UA": 7.0, "MIA": 37.0}, retrain)
       True
-      >>> forgetting_excess({"UA": 3.0, "MIA": 14.0}, retrain)
+      >>> is_over_forgetting({"UA": 3.0, "MIA": 14.0}, retrain)
       False
 
     Source: Golatkar et al., arXiv 1911.04933, for the effect.
