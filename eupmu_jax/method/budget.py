@@ -25,6 +25,11 @@ TARGET, FAR_ABOVE, OUTLIER = 0.95, 4.0, 20.0
 # Of the exponent: beyond these the weights hardly change, and coming back would take the longer.
 LOWEST, HIGHEST = -5.0, 8.0
 MEASURING_STEPS = 10
+# Above this share of the budget, for any utility, nothing is forgotten: R comes first.
+PAUSED = 2.0
+# What the floor of a forget loss without one is let down by in a step, in shares of where it was found first,
+# and what becomes of that each time when the budget is crossed again.
+FIRST_PACE, SLOWER = 0.03, 0.7
 # So many more steps above the budget than below it, the exponent above that, and it looks infeasible.
 STRAINED_STEPS, STRAINED = 50, 5.0
 
@@ -39,6 +44,8 @@ class BudgetState(NamedTuple):
       noise: the variance of one observation of R, from successive differences.
       integral: I_t.
       strained_steps: how many more steps R resisted than it did not.
+      floor, pace: of a forget loss that has none of its own; see `floor_and_pace`.
+      is_paused: whether this step descends the retain losses alone.
       steps: observations so far; negative while R_0 is being measured.
     """
 
@@ -50,6 +57,9 @@ class BudgetState(NamedTuple):
     noise: jax.Array
     integral: jax.Array
     strained_steps: jax.Array
+    floor: jax.Array
+    pace: jax.Array
+    is_paused: jax.Array
     steps: jax.Array
 
 
@@ -66,6 +76,9 @@ def init(multiplier: jax.Array, baseline: Numbers | None) -> BudgetState:
         noise=zeros(),
         integral=zeros(),
         strained_steps=jnp.zeros(multiplier.shape, jnp.int32),
+        floor=jnp.asarray(-jnp.inf, multiplier.dtype),
+        pace=jnp.zeros([], multiplier.dtype),
+        is_paused=jnp.asarray(False),
         steps=jnp.asarray(-MEASURING_STEPS if baseline is None else 0, jnp.int32),
     )
 
@@ -110,6 +123,9 @@ def control(
     integral = jnp.clip(integral, lowest - reaction, HIGHEST - reaction)
     exponent = reaction + integral
 
+    share = jnp.max((seen.smoothed - baseline) / budget)
+    floor, pace = floor_and_pace(state, share, budget)
+
     stepped = BudgetState(
         baseline=baseline,
         forget_baseline=jnp.where(first, losses.forget, state.forget_baseline),
@@ -119,6 +135,9 @@ def control(
         noise=seen.noise,
         integral=integral,
         strained_steps=resisted(state.strained_steps, exponent, seen.smoothed > baseline + budget),
+        floor=floor,
+        pace=pace,
+        is_paused=~first & ((share > PAUSED) | (losses.forget < floor)),
         steps=state.steps + 1,
     )
     waiting = state._replace(baseline=baseline, steps=state.steps + 1)
@@ -174,6 +193,28 @@ def resisted(strained_steps: jax.Array, exponent: jax.Array, is_above: jax.Array
     """Counts up while R is above the budget although the weight is on it, down otherwise; bounded."""
     strained = (exponent > STRAINED) & is_above
     return jnp.clip(strained_steps + jnp.where(strained, 1, -1), 0, 2 * STRAINED_STEPS)
+
+
+def floor_and_pace(state: BudgetState, share: jax.Array, budget: jax.Array) -> tuple[jax.Array, jax.Array]:
+    r"""U*, below which the forget loss is not pushed, and how fast it is let down; -inf as long as it is unknown.
+
+    A forget loss that turns negative, as in gradient ascent, has no floor: along R = const it falls for ever
+    while the network is blown up, and no multiplier holds that. So it gets one from what was observed: where
+    the smoothed U was when the budget was first spent. While R is below its budget the floor goes down in
+    proportion to what
+    is left of it, at a pace that every new crossing lowers: it settles where the budget is spent.
+
+    .. math::
+      U^*_{t+1} = \max(U^*_t, \bar U_t) \text{ above the budget, else }
+        U^*_t - p_t \min(1, 1 - \text{share}_t)
+    """
+    is_over = (share > 1) & (state.forget < 0)
+    was_over = jnp.any(state.smoothed > state.baseline + budget)
+    is_first = is_over & jnp.isneginf(state.floor)
+    slower = jnp.where(is_over & ~was_over, SLOWER * state.pace, state.pace)
+    pace = jnp.where(is_first, FIRST_PACE * jnp.abs(state.forget), slower)
+    floor = jnp.where(is_over, jnp.maximum(state.floor, state.forget), state.floor)
+    return floor - pace * jnp.clip(1 - share, 0, 1), pace
 
 
 def foresight(state: BudgetState) -> jax.Array:

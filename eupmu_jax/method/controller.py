@@ -19,7 +19,7 @@ from eupmu_jax.method.constraints import (
     check_constraint,
     check_shape,
 )
-from eupmu_jax.method.losses import Losses, bounded, cotangents, is_usable
+from eupmu_jax.method.losses import Losses, bounded, cotangents, is_usable, retain_alone
 from eupmu_jax.method.state import SurgeryState, initial_state, select
 from eupmu_jax.method.types import Numbers
 
@@ -32,7 +32,7 @@ class Controller(NamedTuple):
       before: (state, losses) -> state, with what the losses of this step say before its gradient is weighted.
       after: (state, losses, observed) -> state, with what the step came to: for "lookahead" R(theta_{t+1}) on
         the same batch, for "directional" -<grad R, d_t>, each [] or [K].
-      weights: (losses, multiplier) -> the cotangents of the losses, whose pull-back is the direction.
+      weights: (state, losses) -> the cotangents of the losses, whose pull-back is the direction.
       usable: losses -> bool [], whether a step can be taken on them.
       holds: state -> bool [], whether the parameters must stay where they are, although the step is good.
       observes: what `after` is to be given; with "nothing" it is not called.
@@ -41,7 +41,7 @@ class Controller(NamedTuple):
     init: Callable[[], SurgeryState]
     before: Callable[[SurgeryState, Losses], SurgeryState]
     after: Callable[[SurgeryState, Losses, jax.Array], SurgeryState]
-    weights: Callable[[Losses, jax.Array], Losses]
+    weights: Callable[[SurgeryState, Losses], Losses]
     usable: Callable[[Losses], jax.Array]
     holds: Callable[[SurgeryState], jax.Array]
     observes: Literal["nothing", "lookahead", "directional"]
@@ -95,11 +95,14 @@ def tolerance_controller(constraint: Tolerance, initial_multiplier: Numbers) -> 
         eps = tolerance_at(state.applied_steps, change.dtype)
         return ascend(state, (change / losses.retain if log_losses else change) - eps)
 
+    def weights(state: SurgeryState, losses: Losses) -> Losses:
+        return cotangents(losses, state.multiplier, log_losses, constraint.normalize_weights)
+
     return Controller(
         init=lambda: initial_state(initial_multiplier, optimizer.init),
         before=lagged if constraint.measure == "lagged" else lambda state, losses: state,
         after=directional if constraint.measure == "directional" else lookahead,
-        weights=partial(cotangents, log_losses=log_losses, normalize_weights=constraint.normalize_weights),
+        weights=weights,
         usable=partial(is_usable, log_losses=log_losses),
         holds=lambda state: jnp.asarray(False),
         observes="nothing" if constraint.measure == "lagged" else constraint.measure,
@@ -123,6 +126,11 @@ def budget_controller(constraint: Budget, initial_multiplier: Numbers) -> Contro
             multiplier=jnp.asarray(initial_multiplier, dtype) * factor
         )
 
+    def weights(state: SurgeryState, losses: Losses) -> Losses:
+        forgetting = cotangents(losses, state.multiplier, log_losses=False, normalize_weights=True)
+        retaining = retain_alone(state.multiplier, losses.forget.dtype)
+        return select(state.controller_state.is_paused, retaining, forgetting)
+
     def after(state: SurgeryState, losses: Losses, observed: jax.Array) -> SurgeryState:
         raise NotImplementedError("a budget observes nothing after a step")
 
@@ -130,7 +138,7 @@ def budget_controller(constraint: Budget, initial_multiplier: Numbers) -> Contro
         init=lambda: initial_state(initial_multiplier, partial(budget.init, baseline=constraint.baseline)),
         before=spend,
         after=after,
-        weights=partial(cotangents, log_losses=False, normalize_weights=True),
+        weights=weights,
         usable=partial(is_usable, log_losses=False),
         holds=lambda state: budget.is_measuring(state.controller_state),
         observes="nothing",

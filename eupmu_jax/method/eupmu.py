@@ -162,7 +162,7 @@ def controlled(
         check_utilities(at.losses, state.surgery.multiplier)
 
         stepped = controller.before(state.surgery, at.losses)
-        direction = at.pull_back(controller.weights(at.losses, stepped.multiplier))
+        direction = at.pull_back(controller.weights(stepped, at.losses))
         if jax.tree.leaves(updates):
             direction = jax.tree.map(lambda d, u: d + u.astype(d.dtype), direction, updates)
         usable = controller.usable(at.losses) & all_finite(direction)

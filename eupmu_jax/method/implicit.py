@@ -128,10 +128,10 @@ def implicit_surgery(constraint: Constraint, *, initial_multiplier: Numbers = 1.
         check_losses_fn(losses_fn)
 
         def value_and_grad_fn(params, batch, state):
-            multiplier = surgery_state(state).multiplier
+            surgery = surgery_state(state)
             at = linearize(losses_fn, params, batch, axis_name, has_aux)
-            check_utilities(at.losses, multiplier)
-            grads = at.pull_back(controller.weights(at.losses, multiplier))
+            check_utilities(at.losses, surgery.multiplier)
+            grads = at.pull_back(controller.weights(surgery, at.losses))
             return ((at.losses, at.aux) if has_aux else at.losses), grads
 
         return value_and_grad_fn

@@ -136,6 +136,11 @@ def bounded(loss: jax.Array, log_losses: bool) -> jax.Array:
     return jnp.log(jnp.where(loss > 0, loss, jnp.ones_like(loss))) if log_losses else loss
 
 
+def retain_alone(multiplier: jax.Array, dtype: jnp.dtype) -> Losses:
+    """The cotangents whose pull-back descends the retain losses alone, by their multipliers."""
+    return Losses(jnp.zeros([], dtype), (multiplier / jnp.sum(multiplier)).astype(dtype))
+
+
 def cotangents(losses: Losses, multiplier: jax.Array, log_losses: bool, normalize_weights: bool) -> Losses:
     r"""The cotangents of (U, R) whose pull-back is the direction.
 
