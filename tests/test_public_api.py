@@ -104,7 +104,9 @@ def test_readme_examples_run(tmp_path, monkeypatch):
     assert int(eu.surgery_info(names["state"]).skipped_steps) == 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "experiments/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "experiments/classification/README.md", "experiments/knobs/README.md"]
+)
 def test_tables_show_the_committed_results(page):
     """Every row of figures in a README stands in a committed table."""
     rows = lambda path: {

@@ -556,3 +556,24 @@ def test_quickstart(tmp_path, monkeypatch, capsys):
     assert set(runs["task"]) == {"class:3", "random:0.1"}
     for file in ("report.html", "tables.md", "front.png", "histories.png", "classes.png"):
         assert (path / file).stat().st_size > 1000
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    """In one line, with the folder; before there is one it can only be started again."""
+    path = tmp_path / "study-1"
+
+    def main(config, resume=None):
+        with command.working_in(path):
+            raise KeyboardInterrupt
+
+    def early(config, resume=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["study"])
+    for function, said in ((main, f"--resume {path}"), (early, "start again")):
+        with pytest.raises(SystemExit) as ended:
+            command.run(function, Config, CONFIGS)
+        assert ended.value.code == 130
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("Interrupted: ")
+        assert line.endswith(said)
