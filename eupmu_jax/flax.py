@@ -1,7 +1,8 @@
 """What is Flax-specific: a Linen TrainState that hands extra arguments on, and NNX filters for `unlearn`.
 
 The transformations need nothing for NNX: ``nnx.Optimizer.update(model, grads, **extra_args)`` forwards
-extra arguments (``grads`` may be None for `eupmu`), and ``multiplier(nnx.as_pure(optimizer.opt_state))`` reads its state.
+extra arguments (``grads`` may be None for `eupmu`), and ``multiplier(nnx.as_pure(optimizer.opt_state))``
+reads its state.
 """
 
 from collections.abc import Callable, Mapping

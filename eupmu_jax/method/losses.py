@@ -96,7 +96,7 @@ def totals_and_counts(losses: Any, source: str = "losses_fn must return") -> tup
         dtype = jnp.result_type(total) if known else type(total).__name__
         if not known or not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"Losses.{name} must be floating point, got {dtype}")
-        if jnp.ndim(total) > highest_rank:
+        if jnp.ndim(total) > highest_rank or jnp.size(total) == 0:
             wanted = "a scalar" if highest_rank == 0 else "a scalar or of shape [K]"
             raise ValueError(
                 f"Losses.{name} must be {wanted}, got shape {jnp.shape(total)}: "

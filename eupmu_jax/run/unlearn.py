@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from eupmu_jax.method.constraints import Budget, Constraint, check_constraint, check_transformation
+from eupmu_jax.method.controller import check_multiplier
 from eupmu_jax.method.eupmu import eupmu
 from eupmu_jax.method.layouts import owned, place, training_step
 from eupmu_jax.method.losses import LossesFn, as_means, check_losses_fn
@@ -168,6 +169,7 @@ def unlearn(
         if isinstance(constraint, Budget) and constraint.baseline is None and sets.are_arrays:
             baseline = whole_retain_loss(losses_fn, params, batch_at(0)["forget"], sets, plan.seed)
             constraint = dataclasses.replace(constraint, baseline=baseline)
+        check_multiplier(initial_multiplier, isinstance(constraint, Budget))
         if np.ndim(initial_multiplier) == 0:
             initial_multiplier = jnp.full(utilities, jnp.asarray(initial_multiplier))
         tx = eupmu(on_inputs(losses_fn), inner, constraint, initial_multiplier=initial_multiplier)

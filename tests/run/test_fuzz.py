@@ -46,7 +46,6 @@ BAD = {
         lambda params, batch: eu.Losses("high", loss(params)),
         lambda params, batch: eu.Losses(loss(params), 1j * loss(params)),
         lambda params, batch: eu.Losses(jnp.int32(3), loss(params)),
-        lambda params, batch: eu.Losses(loss(params), jnp.ones(3) * loss(params)),
         lambda params, batch: eu.Losses(loss(params), jnp.zeros(0)),
         lambda params, batch: eu.Losses(eu.Mean(loss(params), None), loss(params)),
         lambda params, batch: eu.Losses(eu.Mean(loss(params), jnp.ones(5)), loss(params)),
@@ -94,16 +93,19 @@ BAD = {
     "callbacks": [3, "print", [3], print],
     "folder": [3, object(), "/dev/null", "/proc/nowhere"],
     "mesh": ["data", 8, (8,)],
-    "measure": [None, "", "ahead", 3],
-    "tolerance": [np.nan, "tight", np.ones(2), None, 1j],
-    "budget": [0.0, -0.1, np.nan, np.inf, "all", np.ones(2), [[0.1]], 1j],
-    "retain_baseline": [0.5, np.nan, "low", np.ones(2)],
+    "trainable": [3, "w", lambda path: False],
+    "constraint": [None, 0.1, "budget", (0.1,), eu.Budget, {"total": 0.1}],
     "initial_multiplier": [-1.0, np.nan, "one", np.ones((2, 2)), np.zeros(0), np.ones(2), None],
+    # Of a Tolerance, then of a Budget.
+    "measure": [None, "", "ahead", 3],
+    "eps": [np.nan, "tight", np.ones(2), None, 1j],
     "dual_optimizer": [3, "adam", optax.adam],
-    "axis_name": ["data", 3],
-    "learning_rate": [0.1],
+    "total": [0.0, -0.1, np.nan, np.inf, "all", np.ones(2), [[0.1]], 1j],
+    "baseline": [np.inf, np.nan, "low", np.ones(2), [[0.1]]],
 }
-BAD["retain"] = BAD["forget"]
+OF_TOLERANCE, OF_BUDGET = {"measure", "eps", "dual_optimizer"}, {"total", "baseline"}
+# Columns of different lengths could be two retain sets: losses_fn is asked, see test_retain_sets.py.
+BAD["retain"] = [value for value in BAD["forget"] if not isinstance(value, dict) or not value]
 
 
 def inputs(amount):
@@ -113,10 +115,21 @@ def inputs(amount):
     while len(single) < amount:
         first, second = (list(BAD)[i] for i in rng.choice(len(BAD), 2, replace=False))
         pair = {name: BAD[name][rng.integers(len(BAD[name]))] for name in (first, second)}
-        # A baseline is wrong without a budget, and epochs with steps, only.
-        if {"retain_baseline", "budget"} != set(pair) and {"epochs", "steps"} != set(pair):
+        constraints = [bool(names & pair.keys()) for names in ({"constraint"}, OF_TOLERANCE, OF_BUDGET)]
+        # Two constraints cannot be given at once; epochs are wrong with steps only.
+        if sum(constraints) < 2 and {"epochs", "steps"} != set(pair):
             single.append(pair)
     return single
+
+
+def constraint_of(settings):
+    """The constraint that is given, or made of the fields that are; made here, it may raise."""
+    if "constraint" in settings:
+        return settings.pop("constraint")
+    fields = lambda names: {name: settings.pop(name) for name in names if name in settings}
+    if OF_TOLERANCE & settings.keys():
+        return eu.Tolerance(**{"eps": 0.1} | fields(OF_TOLERANCE))
+    return eu.Budget(**{"total": 0.1} | fields(OF_BUDGET))
 
 
 INPUTS = inputs(520)
@@ -132,7 +145,7 @@ def test_bad_input_is_refused_in_words(part, tmp_path, monkeypatch):
         settings = {"folder": tmp_path / str(number)} | GOOD | bad
         args = [settings.pop(name) for name in ("losses_fn", "params", "forget", "retain", "inner")]
         try:
-            eu.unlearn(*args, **settings)
+            eu.unlearn(*args, constraint_of(settings), **settings)
         except (TypeError, ValueError, RuntimeError, OSError) as error:
             frames = traceback.extract_tb(error.__traceback__)
             ours = pathlib.Path(frames[-1].filename).is_relative_to(PACKAGE)

@@ -121,8 +121,6 @@ def test_a_folder_holds_the_adapter_and_the_checksum_of_the_base(tmp_path):
     described = json.loads((tmp_path / "run.json").read_text())
     assert "crc32 of frozen params" in described
     assert not any("kernel" in name for name in described["checkpoint"])
-    size = sum(file.stat().st_size for file in (tmp_path / "checkpoints").rglob("*") if file.is_file())
-    assert size < 4 * np.prod(SHAPE), "smaller than the base"
     other = params | {"base": {"kernel": params["base"]["kernel"] + 1}}
     with pytest.raises(ValueError, match="crc32 of frozen params"):
         unlearned(other, folder=tmp_path)
