@@ -570,6 +570,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "argv", ["study"])
+    monkeypatch.setattr(command.os, "_exit", sys.exit)
     for function, said in ((main, f"--resume {path}"), (early, "start again")):
         with pytest.raises(SystemExit) as ended:
             command.run(function, Config, CONFIGS)
