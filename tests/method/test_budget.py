@@ -11,10 +11,10 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_layouts import axis_of, on_layout, problem
-from tests.costs import INNER, cost, eupmu_step, implicit_step, linear_step, mlp
 
 import eupmu_jax as eu
 from eupmu_jax.method.budget import FORGET, FORGOTTEN, LOWEST, MEASURING_STEPS, TARGET
+from tests.costs import INNER, cost, eupmu_step, implicit_step, linear_step, mlp
 
 C = np.array([1.0, -2.0, 0.5])
 C32 = C.astype(np.float32)
