@@ -226,12 +226,13 @@ def run_linear(g_r, tolerance, inner, alpha, measure, steps=4000):
     tx = eu.eupmu(
         losses_fn,
         inner,
-        tolerance=per_step * tolerance,
-        measure=measure,
-        dual_optimizer=optax.sgd(0.1 / (per_step * norm)),
+        eu.Tolerance(
+            per_step * tolerance,
+            measure=measure,
+            dual_optimizer=optax.sgd(0.1 / (per_step * norm)),
+            normalize_weights=False,
+        ),
         initial_multiplier=jnp.zeros(g_r.shape[:-1]),
-        log_losses=False,
-        normalize_weights=False,
     )
 
     def step(carry, _):
@@ -265,7 +266,8 @@ def test_multiplier_reaches_the_closed_form_on_frozen_gradients(measure, momentu
 def test_directional_violation_in_log_space_is_relative(x64):
     g_f, g_r = jnp.asarray(G_F), jnp.asarray(G_R[0])
     losses_fn = lambda x, batch: eu.Losses(g_f @ x + 2.0, g_r @ x + 4.0)
-    tx = eu.eupmu(losses_fn, measure="directional", log_losses=True, normalize_weights=False)
+    tolerance = eu.Tolerance(0.0, measure="directional", log_losses=True, normalize_weights=False)
+    tx = eu.eupmu(losses_fn, None, tolerance)
     x = jnp.zeros(4)
     _, state = tx.update(None, tx.init(x), x, batch=())
     np.testing.assert_allclose(eu.surgery_info(state).violation, -(g_r / 4) @ (g_f / 2 + g_r / 4), rtol=1e-6)
@@ -285,10 +287,13 @@ def test_quadratics_end_stationary_and_within_tolerance(measure, log_losses, x64
     tx = eu.eupmu(
         losses_fn,
         optax.sgd(0.02),
-        measure=measure,
-        dual_optimizer=optax.sgd(0.5 if measure == "directional" else 5.0),
+        eu.Tolerance(
+            0.0,
+            measure=measure,
+            dual_optimizer=optax.sgd(0.5 if measure == "directional" else 5.0),
+            log_losses=log_losses,
+        ),
         initial_multiplier=jnp.asarray(1.0),
-        log_losses=log_losses,
     )
 
     def step(carry, _):
@@ -314,11 +319,8 @@ def test_directional_violation_is_the_slope_of_the_dual_and_ignores_the_learning
         tx = eu.eupmu(
             losses_fn,
             optax.sgd(learning_rate),
-            tolerance=0.25,
-            measure="directional",
+            eu.Tolerance(0.25, measure="directional", normalize_weights=False),
             initial_multiplier=jnp.asarray(0.5),
-            log_losses=False,
-            normalize_weights=False,
         )
         x = jnp.zeros(4)
         _, state = tx.update(None, tx.init(x), x, batch=())
@@ -329,7 +331,8 @@ def test_directional_violation_is_the_slope_of_the_dual_and_ignores_the_learning
 def test_normalised_weights_and_log_space_by_hand(x64):
     """One step of K = 2 in log space: d = (g_f / U + sum lambda_k g_k / R_k) / (1 + sum lambda)."""
     losses_fn = lambda x, batch: eu.Losses(3.0 * x[0] + 2.0, jnp.stack([x[0] + 4.0, 2.0 * x[1] + 8.0]))
-    tx = eu.eupmu(losses_fn, measure="lagged", log_losses=True, initial_multiplier=jnp.asarray([1.0, 2.0]))
+    first = jnp.asarray([1.0, 2.0])
+    tx = eu.eupmu(losses_fn, None, eu.Tolerance(0.0, log_losses=True), initial_multiplier=first)
     x = jnp.zeros(2)
     direction, _ = tx.update(None, tx.init(x), x, batch=())
     np.testing.assert_allclose(direction, [(3 / 2 + 1 / 4) / 4, (2 * 2 / 8) / 4], rtol=1e-12)

@@ -91,14 +91,16 @@ def run(case):
     tx = eu.eupmu(
         losses_fn,
         optimizer(settings),
-        tolerance=-settings["error"],
-        measure="lookahead" if case["method"] == "eu" else "lagged",
-        dual_optimizer=optax.chain(
-            optax.add_decayed_weights(settings["gamma"]), optax.adam(settings["w_lr"])
+        eu.Tolerance(
+            -settings["error"],
+            measure="lookahead" if case["method"] == "eu" else "lagged",
+            dual_optimizer=optax.chain(
+                optax.add_decayed_weights(settings["gamma"]), optax.adam(settings["w_lr"])
+            ),
+            log_losses=settings["scalarize"] == "log",
+            normalize_weights=settings["normalize"],
         ),
         initial_multiplier=np.float64(settings["weight_init"]),
-        log_losses=settings["scalarize"] == "log",
-        normalize_weights=settings["normalize"],
     )
 
     def step(carry, batch):
@@ -168,7 +170,7 @@ def test_minibatch_cases_tell_lookahead_from_lagged(x64):
 def test_explicit_trajectory(x64):
     case = CASES["igs_traj_eps0"]
     losses_fn = make_losses(case["problem"])
-    surgery = eu.explicit_surgery(tolerance=case["settings"]["epsilon"])
+    surgery = eu.explicit_surgery(eu.Tolerance(case["settings"]["epsilon"]))
     tx = optax.chain(surgery, optimizer(case["settings"]))
 
     def step(carry, _):

@@ -23,7 +23,8 @@ def losses_fn(params, batch):
     return eu.Losses(jnp.mean((predicted - 1) ** 2), jnp.mean((predicted + 1) ** 2))
 
 
-TX = eu.eupmu(losses_fn, optax.adam(0.1))
+TOLERANCE = eu.Tolerance(0.0, measure="lookahead")
+TX = eu.eupmu(losses_fn, optax.adam(0.1), TOLERANCE)
 PARAMS = {"w": jnp.array([1.0, 2.0])}
 
 
@@ -35,7 +36,7 @@ def test_one_program_that_leaves_the_callers_arrays_alone(mesh):
         traced.append(None)
         return losses_fn(params, batch)
 
-    step, params, state = eu.training_step(eu.eupmu(counted, optax.adam(0.1)), PARAMS, mesh)
+    step, params, state = eu.training_step(eu.eupmu(counted, optax.adam(0.1), TOLERANCE), PARAMS, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
     rng = np.random.default_rng(0)
     for i in range(4):
@@ -66,7 +67,7 @@ def test_extra_arguments_reach_the_inner_optimiser():
     )
     inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, scale)
     for mesh in (None, mesh_of(8)):
-        step, params, state = eu.training_step(eu.eupmu(losses_fn, inner), PARAMS, mesh)
+        step, params, state = eu.training_step(eu.eupmu(losses_fn, inner, TOLERANCE), PARAMS, mesh)
         after, _, _ = step(params, state, {"x": np.ones((8, 2), np.float32)}, factor=0.0)
         np.testing.assert_array_equal(after["w"], PARAMS["w"])
 
@@ -130,7 +131,7 @@ def test_what_accumulation_costs(measure):
         ("accumulated", eu.accumulated(losses_fn), micro_batches(batch, 8)),
         ("micro", losses_fn, jax.tree.map(lambda leaf: leaf[:256], batch)),
     ]:
-        tx = eu.eupmu(fn, optax.sgd(0.1, momentum=0.9), measure=measure)
+        tx = eu.eupmu(fn, optax.sgd(0.1, momentum=0.9), eu.Tolerance(0.0, measure=measure))
         args = (params, tx.init(params), one)
         products[name] = count(jax.make_jaxpr(eupmu_step(tx))(*args).jaxpr, "dot_general")
         memory[name] = cost(eupmu_step(tx), *args)[1]
@@ -200,8 +201,7 @@ def test_a_float32_multiplier_over_bfloat16_takes_small_steps():
     tx = eu.eupmu(
         lambda w, batch: eu.Losses(jnp.float32(w) * 0, jnp.float32(batch) + jnp.float32(w) * 0),
         optax.sgd(0.1),
-        measure="lagged",
-        dual_optimizer=optax.sgd(1.0),
+        eu.Tolerance(0.0, dual_optimizer=optax.sgd(1.0)),
     )
     w = jnp.ones([], jnp.bfloat16)
     state = tx.init(w)
