@@ -196,7 +196,8 @@ def on_two_processes() -> dict[tuple[str, str, int], list[np.ndarray]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    settings = {"JAX_ENABLE_X64": "1", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    settings = {"JAX_ENABLE_X64": "1", "XLA_FLAGS": flags}
     with tempfile.NamedTemporaryFile(suffix=".npz") as file:
         started = [
             subprocess.Popen(
