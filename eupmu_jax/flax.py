@@ -95,7 +95,8 @@ def trainable(params: nnx.State, *filters: Any) -> Callable[[str], bool]:
     is_variable = lambda node: isinstance(node, nnx.Variable)
     chosen = set()
     for path, variable in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_variable):
-        if accepts(tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path), variable):
+        keys: Any = tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path)
+        if accepts(keys, variable):
             chosen |= {name_of((*path, *rest)) for rest, _ in jax.tree_util.tree_leaves_with_path(variable)}
     if not chosen:
         raise ValueError(f"params has no variable that {filters} accept")

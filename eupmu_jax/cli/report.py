@@ -15,7 +15,7 @@ def write(folder: str | os.PathLike) -> pathlib.Path:
     """Draws curves.png and writes report.html into a folder of `unlearn`; ValueError if it is none."""
     folder = pathlib.Path(folder)
     run, steps, evaluations = read(folder)
-    draw(folder / "curves.png", run["settings"], steps, evaluations)
+    draw(folder / "curves.png", run["constraint"], steps, evaluations)
     parts = [page.paragraph(sentence(run, steps, evaluations)), page.picture(folder / "curves.png")]
     if (path := folder / "evaluation.json").exists():
         for name, sets in json.loads(path.read_text()).items():
@@ -40,7 +40,7 @@ def read(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray], l
     try:
         run = json.loads((folder / "run.json").read_text())
         texts = (folder / "metrics.jsonl").read_text().splitlines()
-        run = {"settings": run["settings"], "steps": run["steps"]}
+        run = {"constraint": run["constraint"], "steps": run["steps"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} is not the folder of a run of unlearn: {error}") from error
     lines = []
@@ -57,7 +57,12 @@ def read(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray], l
     return run, {name: np.array([line[name] for line in steps], float) for name in names}, evaluations
 
 
-def draw(path: pathlib.Path, settings: Any, steps: dict[str, np.ndarray], evaluations: Any) -> None:
+def draw(
+    path: pathlib.Path,
+    constraint: dict[str, Any],
+    steps: dict[str, np.ndarray],
+    evaluations: list[dict[str, Any]],
+) -> None:
     """Both losses, with what the retain loss may be, the multiplier, and accuracies that were evaluated."""
     import matplotlib.figure
 
@@ -74,12 +79,13 @@ def draw(path: pathlib.Path, settings: Any, steps: dict[str, np.ndarray], evalua
                 label = None if k else f"mean of {window} steps"
                 axis.plot(count[window - 1 :], means, color=f"C{k}", label=label)
         axis.set(xlabel="step", ylabel=name.replace("_", " "))
-    if settings.get("budget") is not None and settings.get("retain_baseline") is not None:
-        bounds = np.ravel(np.asarray(settings["retain_baseline"]) + np.asarray(settings["budget"]))
+    has_budget = constraint["type"] == "Budget"
+    if has_budget and constraint["baseline"] is not None:
+        bounds = np.ravel(np.asarray(constraint["baseline"]) + np.asarray(constraint["total"]))
         for k, bound in enumerate(bounds):
             label = None if k else "baseline + budget"
             retain.axhline(bound, color=f"C{k}", linestyle=":", label=label)
-    if settings.get("budget") is not None and np.all(steps["multiplier"] > 0):
+    if has_budget and np.all(steps["multiplier"] > 0):
         multiplier.set_yscale("log")
     names = [name for name in (evaluations[0] if evaluations else {}) if name.endswith("accuracy")]
     for name in names:
@@ -96,7 +102,7 @@ def draw(path: pathlib.Path, settings: Any, steps: dict[str, np.ndarray], evalua
     figure.savefig(path, dpi=120)
 
 
-def sentence(run: dict[str, Any], steps: dict[str, np.ndarray], evaluations: Any) -> str:
+def sentence(run: dict[str, Any], steps: dict[str, np.ndarray], evaluations: list[dict[str, Any]]) -> str:
     """How far the run is, and what a reader must know of it."""
     done = len(steps["forget_loss"])
     parts = [f"{done} of {run['steps']} steps."]

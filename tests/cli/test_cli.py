@@ -13,8 +13,9 @@ import pytest
 from flax import linen, nnx
 
 import eupmu_jax as eu
-from eupmu_jax.cli import main as cli
 from eupmu_jax.cli import report
+from eupmu_jax.cli.evaluate import scores
+from eupmu_jax.cli.main import main
 from eupmu_jax.run.leaves import by_path
 
 RNG = np.random.default_rng(0)
@@ -129,7 +130,7 @@ def test_damaged_models(tmp_path, files):
 
 def test_a_whole_run(files, tmp_path, capsys):
     folder = tmp_path / "run"
-    cli.main(arguments(files, folder))
+    main(arguments(files, folder))
     names = {path.name for path in folder.iterdir()}
     assert names == {
         *("apply.stablehlo", "checkpoints", "config.json", "curves.png", "evaluation.json"),
@@ -148,28 +149,28 @@ def test_a_whole_run(files, tmp_path, capsys):
 
     # The same command again has nothing to do; another one is refused.
     before = (folder / "params.safetensors").read_bytes()
-    cli.main(arguments(files, folder))
+    main(arguments(files, folder))
     assert (folder / "params.safetensors").read_bytes() == before
     with pytest.raises(
         SystemExit, match=r"other settings \(objective: random-labels there, unlikelihood now\)"
     ):
-        cli.main(arguments(files, folder, objective="unlikelihood"))
+        main(arguments(files, folder, objective="unlikelihood"))
 
     # The settings of a run are a file to go on with it, also where it was moved, and to start others from.
     moved = folder.rename(tmp_path / "moved")
-    cli.main(["unlearn", str(moved / "config.json")])
+    main(["unlearn", str(moved / "config.json")])
     assert (moved / "params.safetensors").read_bytes() == before
     folder = moved.rename(folder)
-    cli.main(["unlearn", str(folder / "config.json"), f"--folder={tmp_path / 'again'}"])
+    main(["unlearn", str(folder / "config.json"), f"--folder={tmp_path / 'again'}"])
     assert (tmp_path / "again" / "params.safetensors").read_bytes() == before
 
     sets = [f"--{name}={files / name}.npz" for name in ("forget", "retain", "test")]
-    cli.main(["evaluate", f"--model={folder}", f"--reference={files / 'model'}", *sets])
+    main(["evaluate", f"--model={folder}", f"--reference={files / 'model'}", *sets])
     found = json.loads((folder / "evaluation.json").read_text())
     assert set(found) == {"before", "after", f"model {folder}", f"reference {files / 'model'}"}
     assert 0 <= found[f"model {folder}"]["forget"]["taken for unseen"] <= 100
     (folder / "report.html").unlink()
-    cli.main(["report", str(folder)])
+    main(["report", str(folder)])
     assert "reference " in (folder / "report.html").read_text()
 
 
@@ -186,7 +187,7 @@ def test_a_whole_run(files, tmp_path, capsys):
     ],
 )
 def test_objectives_forget_classes_and_tokens(files, tmp_path, objective, kind):
-    cli.main(arguments(files, tmp_path / "run", kind, objective=objective, budget=5, test=None))
+    main(arguments(files, tmp_path / "run", kind, objective=objective, budget=5, test=None))
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     if objective != "kl-to-uniform":  # to which this model, that never learnt, can only come nearer
         assert found["after"]["forget"]["cross_entropy"] > found["before"]["forget"]["cross_entropy"]
@@ -195,8 +196,22 @@ def test_objectives_forget_classes_and_tokens(files, tmp_path, objective, kind):
     assert steps["forget_loss"][-3:].mean() < steps["forget_loss"][:3].mean()
 
 
+def test_a_tolerance_in_place_of_a_budget(files, tmp_path, capsys):
+    main(arguments(files, tmp_path / "run", tolerance=-0.01, measure="lookahead"))
+    constraint = json.loads((tmp_path / "run" / "run.json").read_text())["constraint"]
+    assert (constraint["type"], constraint["eps"], constraint["measure"]) == ("Tolerance", -0.01, "lookahead")
+    with pytest.raises(SystemExit) as error:
+        main(arguments(files, tmp_path / "both", tolerance=0.1, budget=0.1))
+    assert error.value.code == 2
+    assert "--budget" in capsys.readouterr().err
+    main(arguments(files, tmp_path / "budget"))
+    constraint = json.loads((tmp_path / "budget" / "run.json").read_text())["constraint"]
+    assert (constraint["type"], constraint["total"]) == ("Budget", 0.1)
+    assert constraint["baseline"] > 0
+
+
 def test_it_stops_where_told(files, tmp_path, capsys):
-    cli.main(arguments(files, tmp_path / "run", stop_at=0.99, every=5))
+    main(arguments(files, tmp_path / "run", stop_at=0.99, every=5))
     assert "5 steps; forget_accuracy reached" in capsys.readouterr().out
     assert "Ended early" in (tmp_path / "run" / "report.html").read_text()
 
@@ -204,10 +219,10 @@ def test_it_stops_where_told(files, tmp_path, capsys):
 def test_a_broken_model_is_no_success(files, tmp_path):
     settings = {"learning_rate": 3e38, "optimizer": "sgd", "objective": "gradient-ascent", "steps": 60}
     with pytest.warns(UserWarning, match="steps were skipped"), pytest.raises(SystemExit, match="is broken"):
-        cli.main(arguments(files, tmp_path / "run", **settings))
+        main(arguments(files, tmp_path / "run", **settings))
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert any(np.isnan(value) for row in found["after"].values() for value in row.values())
-    nothing = cli.scores(np.full((2, 3), np.nan, np.float32), {"y": np.zeros(2, int)})
+    nothing = scores(np.full((2, 3), np.nan, np.float32), {"y": np.zeros(2, int)})
     assert np.isnan(nothing["accuracy"]), "the first class is not what NaN predicts"
 
 
@@ -227,8 +242,8 @@ def test_the_report_of_a_run_with_several_utilities(tmp_path):
         return eu.Losses(jnp.mean((x - batch["forget"]) ** 2), jnp.stack([retain, 2 * retain]))
 
     sets = np.ones(8, np.float32), np.zeros(8, np.float32)
-    settings = {"initial_multiplier": jnp.ones(2), "budget": np.array([0.1, 0.2]), "folder": tmp_path}
-    eu.unlearn(losses_fn, jnp.array(0.0), *sets, optax.sgd(0.1), steps=300, batch_size=4, **settings)
+    sgd, budget = optax.sgd(0.1), eu.Budget([0.1, 0.2])
+    eu.unlearn(losses_fn, jnp.array(0.0), *sets, sgd, budget, steps=300, batch_size=4, folder=tmp_path)
     assert report.write(tmp_path) == tmp_path / "report.html"
     with pytest.raises(ValueError, match="is not the folder of a run"):
         report.write(tmp_path / "checkpoints")
@@ -254,13 +269,14 @@ BAD_SETTINGS = {
     "retain_batch_size": [0, 61, "big"],
     "stop_at": [1, 2, -0.1, "nan"],
     "learning_rate": [0, -1, "nan", "inf", "fast"],
-    "budget": [0, -0.1, "nan", "inf", "None", "all"],
+    "budget": [0, -0.1, "nan", "inf", "all"],
+    "tolerance": ["nan", "inf", "tight"],
+    "measure": ["lagged", "lookahead", "directional", "ahead"],
     "every": [0, -1, 0.5],
     "seed": [-1, 0.5],
     "beta": [0.1, 0, "nan"],
     "objective": ["", "forget", "os.system", "jax.numpy.sum"],
     "optimizer": ["lion", "optax.adam"],
-    "tolerance": [0.1],
 }
 ROWS = {"x": X[:20], "y": Y[:20]}
 BAD_SETS = [
@@ -318,7 +334,7 @@ def test_bad_commands_end_in_words(files, tmp_path, capsys):
     wrong = []
     for command in bad_commands(files, tmp_path):
         try:
-            cli.main(command)
+            main(command)
         except SystemExit as error:
             # tyro prints what is wrong and ends with 2.
             in_words = error.code == 2 or str(error.code).startswith("error: ")

@@ -1,0 +1,104 @@
+"""eupmu evaluate: the scores of a model on sets in .npz files."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from eupmu_jax import objectives
+from eupmu_jax.cli import report
+from eupmu_jax.cli.config import Evaluate
+from eupmu_jax.cli.exported import load_model, logits_in_batches
+from eupmu_jax.cli.objective import masked_mean
+from eupmu_jax.evaluation import membership_attack
+from eupmu_jax.run.batches import check_set
+from eupmu_jax.run.files import write_whole
+
+# Its time grows with their square.
+ROWS_FOR_THE_ATTACK = 5000
+
+
+def load_set(path: pathlib.Path, name: str, apply: Any, params: Any) -> dict[str, np.ndarray]:
+    """x, y and perhaps mask of an .npz file that go with the model; ValueError that says what is wrong."""
+    try:
+        # Pickled objects could run code.
+        with np.load(path, allow_pickle=False) as file:
+            data = {key: file[key] for key in ("x", "y", "mask") if key in file}
+    except Exception as error:
+        raise ValueError(f"--{name} {path} is no .npz file of arrays: {error}") from error
+    if not {"x", "y"} <= data.keys():
+        raise ValueError(f"--{name} {path} must hold arrays x and y, got {sorted(data)}")
+    check_set(data, name, batch_size=1)
+    try:
+        logits = jax.eval_shape(apply, params, data["x"][:1])
+    except Exception as error:
+        raise ValueError(
+            f"--{name} {path}: the model does not take x, {data['x'].dtype} {data['x'].shape}: {error}"
+        ) from error
+    labels, shape = data["y"], (len(data["x"]), *logits.shape[1:-1])
+    if labels.shape != shape or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"--{name} {path}: y must be integers {list(shape)}, got {labels.dtype} {list(labels.shape)}"
+        )
+    mask = data.get("mask", np.ones(shape, bool))
+    if mask.shape != shape or mask.dtype != bool:
+        raise ValueError(
+            f"--{name} {path}: mask must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}"
+        )
+    counted = labels[mask]
+    if not counted.size:
+        raise ValueError(f"--{name} {path}: mask lets nothing count")
+    if counted.min() < 0 or counted.max() >= logits.shape[-1]:
+        raise ValueError(
+            f"--{name} {path}: y must be from 0 to {logits.shape[-1] - 1}, the model's classes, got "
+            f"{counted.min()} to {counted.max()}; mask what does not count"
+        )
+    return data
+
+
+def scores(logits: np.ndarray, rows: Any) -> dict[str, float]:
+    """Mean cross-entropy in nats and accuracy from 0 to 1 of what counts."""
+    mean = masked_mean(objectives.cross_entropy(logits, rows["y"], rows.get("mask")), rows)
+    # No class is the greatest where one is NaN or infinite.
+    right = np.where((logits < np.inf).all(-1), logits.argmax(-1) == rows["y"], np.nan)
+    counts = rows.get("mask", np.ones(rows["y"].shape, bool))
+    return {"cross_entropy": float(mean.total / mean.count), "accuracy": float(right[counts].mean())}
+
+
+def evaluated(apply: Any, params: Any, sets: Any, attack: bool = False) -> dict[str, dict[str, float]]:
+    """For each set its scores, and what share of the forget set the attack takes for unseen, in percent."""
+    logits = {name: logits_in_batches(apply, params, rows["x"]) for name, rows in sets.items()}
+    found = {name: scores(logits[name], rows) for name, rows in sets.items()}
+    if attack and "test" in sets and logits["forget"].ndim == 2:
+        forget, retain, test = (predicted(logits[name], sets[name]) for name in ("forget", "retain", "test"))
+        attacked = membership_attack(forget, retain, test, ("confidence",))
+        found["forget"]["taken for unseen"] = attacked["confidence"]
+    return found
+
+
+def predicted(logits: np.ndarray, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(probabilities, labels) of the first rows that count, as many as the attack can take."""
+    counts = np.flatnonzero(rows.get("mask", np.ones(len(logits), bool)))[:ROWS_FOR_THE_ATTACK]
+    return np.asarray(jax.nn.softmax(logits[counts])), rows["y"][counts]
+
+
+def add_to_evaluation(folder: pathlib.Path, found: dict[str, Any]) -> None:
+    """Prints models x sets x scores, and adds them to evaluation.json."""
+    path = folder / "evaluation.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    write_whole(path, json.dumps(before | found, indent=2) + "\n")
+    print(report.as_text(found))
+
+
+def run_evaluate(config: Evaluate) -> None:
+    found = {}
+    for name, folder in (("model", config.model), ("reference", config.reference)):
+        if folder is None:
+            continue
+        apply, params = load_model(folder)
+        paths = {"forget": config.forget, "retain": config.retain, "test": config.test}
+        sets = {kind: load_set(path, kind, apply, params) for kind, path in paths.items() if path}
+        found[f"{name} {folder}"] = evaluated(jax.jit(apply), params, sets, attack=True)
+    add_to_evaluation(config.model, found)
