@@ -2,16 +2,14 @@
 
 import os
 
-# Nearly all of the time goes into compiling small programs, which takes a third of it with these. What the
-# environment says comes later and wins. Programs whose cost is measured are compiled as users have them
-# (tests/costs.py).
-FLAGS = (
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
+# Nearly all of the time goes into compiling small programs, which takes a third of it with the last two. What
+# the environment says comes later and wins; where cost is measured, tests/costs.py compiles as users do.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 "
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    + os.environ.get("XLA_FLAGS", "")
+)
 
 import jax
 import pytest
@@ -40,5 +38,11 @@ def forget_compiled_programs():
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no core is idle at the end."""
-    longest = ("test_layouts", "test_experiments", "test_unlearning", "test_conformance", "test_training_step")
-    items.sort(key=lambda item: (item.path.stem not in longest))
+    longest = (
+        "test_layouts",
+        "test_experiments",
+        "test_unlearning",
+        "test_conformance",
+        "test_training_step",
+    )
+    items.sort(key=lambda item: item.path.stem not in longest)

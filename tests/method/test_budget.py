@@ -1,6 +1,6 @@
 """A budget for the whole run: closed forms, mini-batches, faults, schedules, layouts, cost."""
 
-from functools import partial
+from functools import cache, partial
 
 import chex
 import jax
@@ -16,6 +16,7 @@ from eupmu_jax.method.budget import FORESIGHT_POWER, LEAST_LEFT, LOWEST, MEASURI
 from tests.costs import INNER, cost, eupmu_step, implicit_step, linear_step, mlp
 from tests.parity import axis_of, on_layout, problem
 from tests.quadratics import C32, C, drive, quadratics
+from tests.representatives import slow_unless
 
 H = np.array([[3.0, 0.3, 0.3], [0.3, 2.0, 0.3], [0.2, 0.2, 1.0]])
 INNERS = {"sgd": optax.sgd, "momentum": partial(optax.sgd, momentum=0.9), "adam": optax.adam}
@@ -171,8 +172,13 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize(
+    ("inner", "schedule"),
+    slow_unless(
+        [("sgd", "cosine"), ("momentum", "20 cycles"), ("adam", "4 cycles")],
+        [(inner, schedule) for inner in INNERS for schedule in SCHEDULES],
+    ),
+)
 def test_learning_rate_schedules(inner, schedule, x64):
     rates = [0.01, 0.03] if inner == "adam" else LEARNING_RATES
     budgets, rates = map(np.ravel, np.meshgrid([0.01, 0.1, 1.0], rates))
@@ -205,6 +211,7 @@ def test_muon(schedule, x64):
 ROWS, FORGET_ROWS, FEATURES, WIDTH = 128, 32, 4, 8
 
 
+@cache
 def regression():
     """(losses_fn of params and row numbers, params, all row numbers)."""
     rng = np.random.default_rng(0)
@@ -470,8 +477,12 @@ def repeat(step, carry, batch, steps=30):
     return carry
 
 
-@pytest.mark.parametrize("layout", ["jit", "shard_map"])
-@pytest.mark.parametrize("utilities", [1, 3])
+@pytest.mark.parametrize(
+    ("layout", "utilities"),
+    slow_unless(
+        [("jit", 1), ("shard_map", 3)], [(layout, k) for layout in ("jit", "shard_map") for k in (1, 3)]
+    ),
+)
 def test_same_run_on_eight_devices(layout, utilities, x64):
     losses_fn, params, batch = problem(utilities)
     first = jnp.ones(() if utilities == 1 else utilities)

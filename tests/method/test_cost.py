@@ -16,12 +16,18 @@ from tests.costs import (
     mlp,
     transformer,
 )
+from tests.representatives import slow_unless
 
 
-@pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
-@pytest.mark.parametrize("model", [mlp, transformer])
+@pytest.mark.parametrize(
+    ("model", "inner"),
+    slow_unless(
+        [(mlp, "adam"), (transformer, "momentum")], [(m, i) for m in (mlp, transformer) for i in INNER]
+    ),
+)
 def test_flops_and_memory(model, inner):
     params, losses_fn, batch = model()
+    inner = INNER[inner]
     flops, memory = cost(linear_step(losses_fn, inner), params, inner.init(params), batch)
     forward, _ = cost(lambda p, b: losses_fn(p, b).retain, params, batch, donate=())
     small = model is transformer
@@ -52,7 +58,7 @@ def explicit_step(tx, losses_fn):
     return step
 
 
-@pytest.mark.parametrize("model", [mlp, transformer])
+@pytest.mark.parametrize("model", [mlp, pytest.param(transformer, marks=pytest.mark.slow)])
 def test_exact_surgery_on_disjoint_batches(model):
     """Each example is back-propagated once: only the elementwise projection comes on top."""
     params, losses_fn, batch = model()

@@ -124,11 +124,11 @@ def test_projection_is_homogeneous_and_never_shorter_than_needed(rows, scale, to
 
 def test_what_cannot_be_met_stays_finite_and_does_least_harm():
     g = jnp.array([1.0, 0.0])
-    direction, multiplier = eu.unilateral_projection(g, jnp.zeros(2), tolerance=-1.0)
+    direction, multiplier = project(g, jnp.zeros(2), tolerance=-1.0)
     np.testing.assert_array_equal(direction, g)
     assert float(multiplier) == 0
     both = jnp.stack([g, -g])
-    direction, multiplier = eu.unilateral_projection(jnp.array([0.0, 1.0]), both, tolerance=-1.0)
+    direction, multiplier = project(jnp.array([0.0, 1.0]), both, tolerance=-1.0)
     assert jnp.all(jnp.isfinite(multiplier))
     np.testing.assert_allclose(direction, jnp.array([0.0, 1.0]), atol=0.1)
 
@@ -193,13 +193,14 @@ def test_projection_does_not_hide_what_is_not_finite():
 def test_projection_over_a_tree_and_a_batch_of_problems(x64):
     rng = np.random.default_rng(0)
     g_f, g_r = rng.normal(size=(5, SIZE)), rng.normal(size=(5, 3, SIZE))
-    flat = jax.vmap(eu.unilateral_projection)(jnp.asarray(g_f), jnp.asarray(g_r))
+    batched = jax.jit(jax.vmap(eu.unilateral_projection))
+    flat = batched(jnp.asarray(g_f), jnp.asarray(g_r))
     tree_f = {"a": g_f[:, :2].reshape(5, 1, 2), "b": g_f[:, 2:]}
     tree_r = {"a": g_r[:, :, :2].reshape(5, 3, 1, 2), "b": g_r[:, :, 2:]}
-    tree = jax.vmap(eu.unilateral_projection)(*jax.tree.map(jnp.asarray, (tree_f, tree_r)))
+    tree = batched(*jax.tree.map(jnp.asarray, (tree_f, tree_r)))
     np.testing.assert_allclose(tree[1], flat[1], rtol=1e-12)
     np.testing.assert_allclose(tree[0]["a"].reshape(5, 2), flat[0][:, :2], rtol=1e-12)
-    one = eu.unilateral_projection(jnp.asarray(g_f[2]), jnp.asarray(g_r[2]))
+    one = project(jnp.asarray(g_f[2]), jnp.asarray(g_r[2]))
     np.testing.assert_allclose(flat[0][2], one[0], rtol=1e-9)
 
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import eupmu_jax as eu
+from tests.representatives import slow_unless
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden.json").read_text())
 CASES = {case["id"]: case for case in GOLDEN["cases"]}
@@ -140,7 +141,9 @@ def test_trajectory_of_the_released_code(name, x64):
 LOGARITHMIC = [n for n, case in CASES.items() if offered(case) and case["settings"]["scalarize"] == "log"]
 
 
-@pytest.mark.parametrize("name", LOGARITHMIC)
+@pytest.mark.parametrize(
+    "name", slow_unless(["logistic_minibatch_eu_clamped", "eu_fast_log_clamped_default"], LOGARITHMIC)
+)
 def test_without_the_offset_inside_the_logarithms(name, x64):
     """What leaving it out costs: little, but where a loss gets near 1e-4 (the README says so)."""
     case = CASES[name]

@@ -1,5 +1,7 @@
 """The compiled step and accumulation: one program, nobody else's buffers, clear errors, exact sums."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import eupmu_jax as eu
 from tests.costs import cost, count, eupmu_step, mlp
 from tests.parity import KINDS, STEPS, make_step, problem, run
+from tests.representatives import slow_unless
 
 
 def mesh_of(*shape, names=("data", "model")):
@@ -93,15 +96,40 @@ def micro_batches(batch, amount=4):
     return jax.tree.map(lambda leaf: leaf.reshape(amount, -1, *leaf.shape[1:]), batch)
 
 
-@pytest.mark.parametrize("layout", ["one device", "jit", "shard_map", "shard_map, check_vma=False"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_accumulated_is_the_one_batch_step(layout, kind, x64):
-    """Log-space weights, uneven masks, one micro-batch and one shard with nothing in it; three utilities."""
-    utilities = 3
+def sparse_problem(utilities=3):
+    """With a forget set of which the first micro-batch has nothing."""
     losses_fn, params, batch = problem(utilities)
     batch["forget"]["mask"] = batch["forget"]["mask"].at[:8].set(False)
+    return losses_fn, params, batch
+
+
+@cache
+def in_one_batch(kind):
+    losses_fn, params, batch = sparse_problem()
+    step, init = make_step(kind, losses_fn, 3, None)
+    return run(jax.jit(step), init, params, batch)
+
+
+ACCUMULATING = ["one device", "jit", "shard_map", "shard_map, check_vma=False"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    slow_unless(
+        [
+            *(("one device", kind) for kind in KINDS),
+            *(("shard_map", kind) for kind in ("lookahead", "lagged", "explicit")),
+            ("jit", "lagged"),
+            ("shard_map, check_vma=False", "lookahead"),
+        ],
+        [(layout, kind) for layout in ACCUMULATING for kind in KINDS],
+    ),
+)
+def test_accumulated_is_the_one_batch_step(layout, kind, x64):
+    """Log-space weights, uneven masks, one micro-batch and one shard with nothing in it; three utilities."""
+    losses_fn, params, batch = sparse_problem()
     axis_name = "data" if "shard_map" in layout else None
-    step, init = make_step(kind, eu.accumulated(losses_fn), utilities, axis_name)
+    step, init = make_step(kind, eu.accumulated(losses_fn), 3, axis_name)
     step = jax.jit(step)
     mesh = mesh_of(8)
     split = micro_batches(batch)
@@ -114,13 +142,12 @@ def test_accumulated_is_the_one_batch_step(layout, kind, x64):
         step = jax.jit(jax.shard_map(step, mesh=mesh, **specs))
     elif layout == "jit":
         split = jax.device_put(split, NamedSharding(mesh, P(None, "data")))
-    single, _ = make_step(kind, losses_fn, utilities, None)
-    ends = run(jax.jit(single), init, params, batch), run(step, init, params, split)
+    ends = in_one_batch(kind), run(step, init, params, split)
     for one, accumulated in zip(*map(jax.tree.leaves, ends), strict=True):
         np.testing.assert_allclose(accumulated, one, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("measure", ["lagged", "lookahead"])
+@pytest.mark.parametrize("measure", ["lagged", pytest.param("lookahead", marks=pytest.mark.slow)])
 def test_what_accumulation_costs(measure):
     """One forward pass more, and the residuals of one micro-batch."""
     params, losses_fn, batch = mlp(batch_size=2048)
@@ -168,7 +195,7 @@ def test_what_cannot_be_accumulated(batch):
 # Mixed precision.
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_unless(["lookahead", "lagged", "explicit"], KINDS))
 def test_bfloat16_parameters_follow_float32(kind):
     """Parameters and activations in bfloat16; losses, multiplier and reductions in float32."""
     ends = {}
