@@ -3,14 +3,18 @@
 import os
 import pathlib
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
+from eupmu_jax.method.types import PyTree
 from eupmu_jax.run.leaves import by_path
+
+Apply = Callable[[PyTree, ArrayLike], jax.Array]
+"""(params, inputs [B, ...]) -> logits [B, C] or [B, T, V]."""
 
 FUNCTION, PARAMS = "apply.stablehlo", "params.safetensors"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -20,28 +24,29 @@ HARMLESS_CALLS = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "s
 
 
 def export_model(
-    folder: str | os.PathLike, apply: Callable[[Any, Any], Any], params: Any, inputs: Any
+    folder: str | os.PathLike,
+    # A Linen module's apply may return a tuple, as far as a type checker knows.
+    apply: Callable[[PyTree, jax.Array], PyTree],
+    params: PyTree,
+    inputs: ArrayLike,
 ) -> None:
     r"""Writes a model to a folder, for the command line and for any other program.
 
     .. math:: (\theta, x) \mapsto \text{logits}
 
     Args:
-      folder: made if it does not exist; gets apply.stablehlo and params.safetensors.
+      folder: where apply.stablehlo and params.safetensors go. It is made if it does not exist.
       apply: pure function (params, inputs) -> logits [B, C], or [B, T, V]. For NNX:
         ``lambda p, x: nnx.merge(graph, p, rest)(x)``.
-      params: pytree of arrays, named by their path: "params.Dense_0.kernel". All that is floating will be
-        trained; close over the rest, such as batch statistics:
+      params: pytree of arrays. Each is named by its path, "params.Dense_0.kernel". Unlearning trains all
+        floating ones. Close over the rest, such as batch statistics:
         ``lambda p, x: model.apply({"params": p, "batch_stats": statistics}, x)``.
-      inputs: an array [B, ...]; its first axis may have any length later, the others are fixed.
-
-    Returns:
-      None.
+      inputs: an array [B, ...]. Later inputs may have a first axis of any length; the other axes are fixed.
 
     Raises:
       ImportError: flatbuffers or safetensors is missing: the extra "run".
       ValueError: two leaves of the same name; logits of another shape; an apply that cannot be exported for
-        a first axis of any length.
+        inputs whose first axis has any length.
 
     Example:
       >>> import jax.numpy as jnp, tempfile
@@ -52,8 +57,6 @@ def export_model(
       ...     loaded, params = eu.load_model(folder)
       ...     params.keys(), loaded(params, jnp.ones((4, 3))).shape
       (dict_keys(['w']), (4, 2))
-
-    Source: ours, by jax.export.
     """
     from safetensors.flax import save_file
 
@@ -69,8 +72,8 @@ def export_model(
         exported = jax.export.export(jax.jit(by_name), platforms=PLATFORMS)(named, shape)
     except Exception as error:
         raise ValueError(f"apply cannot be exported for inputs {shape.shape}: {error}") from error
-    out = exported.out_avals[0]
-    if len(exported.out_avals) != 1 or len(out.shape) not in (2, 3) or out.shape[0] != batch:
+    shapes = [logits.shape for logits in exported.out_avals]
+    if len(shapes) != 1 or len(shapes[0]) not in (2, 3) or shapes[0][0] != batch:
         raise ValueError(
             f"apply must return logits [B, C] or [B, T, V] of inputs [B, ...], got {exported.out_avals}"
         )
@@ -81,16 +84,17 @@ def export_model(
     save_file(named, folder / PARAMS)
 
 
-def load_model(folder: str | os.PathLike) -> tuple[Callable[[Any, Any], jax.Array], dict[str, jax.Array]]:
-    """(apply, params) of a folder that `export_model`, or a run of the command line, has written.
+def load_model(folder: str | os.PathLike) -> tuple[Apply, dict[str, jax.Array]]:
+    """Reads a model from a folder that `export_model`, or a run of the command line, has written.
 
-    Nothing in the two files can run code of the machine: a function that calls out of XLA is refused.
+    The two files cannot run code on the machine: a function that calls out of XLA is refused.
 
     Args:
-      folder: with apply.stablehlo and params.safetensors.
+      folder: holds apply.stablehlo and params.safetensors.
 
     Returns:
-      apply(params, inputs) -> logits, to be differentiated once and in reverse, and params by name.
+      (apply, params). ``apply(params, inputs)`` -> logits can be differentiated once, in reverse. params are
+      arrays by name.
 
     Raises:
       ImportError: flatbuffers or safetensors is missing: the extra "run".
@@ -103,8 +107,6 @@ def load_model(folder: str | os.PathLike) -> tuple[Callable[[Any, Any], jax.Arra
       >>> eu.load_model("/nowhere")
       Traceback (most recent call last):
       ValueError: /nowhere holds no apply.stablehlo: write one with eupmu_jax.export_model
-
-    Source: ours, by jax.export.
     """
     from safetensors.flax import load_file
 
@@ -128,11 +130,12 @@ def load_model(folder: str | os.PathLike) -> tuple[Callable[[Any, Any], jax.Arra
     except Exception as error:
         raise ValueError(f"{folder / PARAMS} cannot be read: {error}") from error
     (wanted, shape), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-    check_names(folder / PARAMS, params, wanted)
+    _check_names(folder / PARAMS, params, wanted)
 
-    def apply(params, inputs):
+    def apply(params: PyTree, inputs: ArrayLike) -> jax.Array:
         inputs = jnp.asarray(inputs)
-        # A width is a matter of storage. Integers for floats are not: they may be pixels to be scaled.
+        # Another width is only another way to store the numbers. Integers where the model takes floats are an
+        # error: they may be pixels that nobody has scaled.
         if any(jnp.issubdtype(shape.dtype, kind) and jnp.issubdtype(inputs.dtype, kind) for kind in KINDS):
             inputs = inputs.astype(shape.dtype)
         return exported.call(params, inputs)
@@ -140,16 +143,19 @@ def load_model(folder: str | os.PathLike) -> tuple[Callable[[Any, Any], jax.Arra
     return apply, params
 
 
-def check_names(path: pathlib.Path, params: Any, wanted: Any) -> None:
+def _check_names(
+    path: pathlib.Path, params: Mapping[str, jax.Array], wanted: Mapping[str, jax.Array]
+) -> None:
+    """ValueError that lists each parameter whose name, shape or dtype is not the wanted one."""
     described = lambda tree: {name: f"{leaf.dtype}{tuple(leaf.shape)}" for name, leaf in tree.items()}
-    got, wanted = described(params), described(wanted)
-    if got != wanted:
-        names = sorted(name for name in got | wanted if got.get(name) != wanted.get(name))
-        wrong = "; ".join(f"{name}: {got.get(name)}, not {wanted.get(name)}" for name in names)
+    got, expected = described(params), described(wanted)
+    if got != expected:
+        names = sorted(name for name in got | expected if got.get(name) != expected.get(name))
+        wrong = "; ".join(f"{name}: {got.get(name)}, not {expected.get(name)}" for name in names)
         raise ValueError(f"{path} does not go with {FUNCTION}: {wrong}")
 
 
-def logits_in_batches(apply: Any, params: Any, inputs: np.ndarray, batch_size: int = 256) -> np.ndarray:
-    """apply(params, inputs) as NumPy, so many rows at a time."""
+def logits_in_batches(apply: Apply, params: PyTree, inputs: np.ndarray, batch_size: int = 256) -> np.ndarray:
+    """apply(params, inputs) in NumPy, computed for `batch_size` rows at a time."""
     parts = [inputs[start : start + batch_size] for start in range(0, len(inputs), batch_size)]
     return np.concatenate([np.asarray(apply(params, part)) for part in parts])

@@ -27,7 +27,7 @@ def log_probability(logits: jax.Array, rows: Any) -> jax.Array:
 def forget_values(config: Unlearn, logits: jax.Array, rows: Any, key: jax.Array) -> jax.Array:
     """The objective of each example; [B]."""
     labels, mask = rows["y"], rows.get("mask")
-    beta = BETA.get(config.objective) if config.beta is None else config.beta
+    beta = config.beta or BETA.get(config.objective, 0.0)
     match config.objective:
         case "random-labels":
             wrong = objectives.wrong_labels(key, labels, logits.shape[-1], mask)

@@ -8,8 +8,8 @@ from eupmu_jax.evaluation.scores import (
     accuracy,
     average_gap,
     classification_scores,
+    is_over_forgetting,
     kl_divergence,
-    over_forgetting,
     tug_of_war,
 )
 
@@ -17,12 +17,12 @@ __all__ = [
     "accuracy",
     "average_gap",
     "classification_scores",
+    "is_over_forgetting",
     "kl_divergence",
     "likelihood_ratio_attack",
     "logit_confidence",
     "membership_attack",
     "membership_features",
-    "over_forgetting",
     "relearning_curve",
     "step_cost",
     "tug_of_war",

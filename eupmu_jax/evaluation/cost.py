@@ -1,38 +1,41 @@
-"""What one step of a method costs, read off the compiled program."""
+"""What one step of a method costs, as the compiled program says."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
+from eupmu_jax.method.types import PyTree
 
-def step_cost(step: Callable[..., Any], *args: Any) -> dict[str, float]:
+
+def step_cost(step: Callable[..., PyTree], *args: PyTree) -> dict[str, float]:
     r"""FLOPs and bytes of one call of a step as XLA compiled it; nothing is executed.
 
     .. math:: \text{peak} = \text{arguments} + \text{outputs} + \text{temporaries} - \text{aliased}
 
-    Aliased are the bytes of arguments that outputs are written over, which takes donation: pass
-    ``jax.jit(step, donate_argnums=...)`` as it will run. The peak is that of the step's own buffers, on
-    one device; the program itself and arrays it does not take are not in it. All figures >= 0, lower
-    is better. A run costs these times its steps, and Retrain's is compared so.
+    The aliased bytes are those of arguments that outputs overwrite. Arguments must be donated for that: pass
+    ``jax.jit(step, donate_argnums=...)`` as it will run. The peak covers the step's own buffers on one
+    device. It leaves out the program itself, and arrays that the step does not take. All figures are >= 0,
+    and lower is better. A run costs these figures times its number of steps.
 
-    How many gradients a step costs is the ratio of its FLOPs to those of one gradient of the two
-    losses on the same batch, as below: 1 plus the optimiser's arithmetic for linear scalarisation.
-    It goes by shapes alone, unlike a run time, and what the compiler shares is counted once: the two
-    gradients of losses on disjoint examples cost no more than that of their sum.
+    Divide the FLOPs of a step by those of one gradient of the sum of the losses on the same batch, as
+    below, to count gradients: linear scalarisation costs 1 plus the optimiser's arithmetic. The ratio
+    depends on shapes alone, unlike a run time. What the compiler shares is counted once: the two gradients
+    of losses on disjoint examples cost no more than that of their sum.
 
-    XLA counts the body of a loop (``jax.lax.scan``, ``while_loop``, ``fori_loop``) once, whatever the
-    number of iterations, and custom kernels not at all; both branches of a ``jax.lax.cond`` are
-    compiled, only the dearer counts. Compare steps that loop alike, on one backend and jax version.
+    XLA counts the body of a loop (``jax.lax.scan``, ``while_loop``, ``fori_loop``) once, whatever the number
+    of iterations. It does not count custom kernels. Of the branches of a ``jax.lax.cond`` it counts the
+    dearest. So compare steps that loop alike, on one backend and one jax version.
 
     Args:
-      step: a function to compile, or one that is compiled by ``jax.jit`` already.
-      *args: its arguments, arrays or ``jax.ShapeDtypeStruct``.
+      step: a function, or the result of ``jax.jit``.
+      *args: its arguments, pytrees of arrays or of ``jax.ShapeDtypeStruct``.
 
     Returns:
-      {"flops", "bytes_accessed", "temporary_bytes", "peak_bytes"}: floating-point operations;
-      bytes read and written by all operations of the program; bytes of temporaries; bytes of the peak.
-      NaN where the backend does not say.
+      "flops": floating-point operations.
+      "bytes_accessed": bytes that all operations of the program read and write.
+      "temporary_bytes": bytes of temporaries.
+      "peak_bytes": bytes of the peak.
+      Each is a float, NaN where the backend does not say.
 
     Raises:
       TypeError: what tracing the step with these arguments raises.
@@ -53,8 +56,8 @@ def step_cost(step: Callable[..., Any], *args: Any) -> dict[str, float]:
 
     Source: XLA's cost and memory analyses of a compiled program.
     """
-    jitted: Any = step if hasattr(step, "lower") else jax.jit(step)
-    compiled = jitted.lower(*args).compile()
+    lower = getattr(step, "lower", None) or jax.jit(step).lower
+    compiled = lower(*args).compile()
     costs, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     size = lambda kind: float(getattr(memory, f"{kind}_size_in_bytes", "nan"))
     return {

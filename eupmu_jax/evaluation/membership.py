@@ -1,15 +1,15 @@
 """The membership attack of the classification protocol: was this example trained on?"""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from eupmu_jax.evaluation.predictions import check_predictions
+from eupmu_jax.evaluation.predictions import Predictions, check_predictions
 
 
-def membership_features(probabilities: Any, labels: Any) -> dict[str, np.ndarray]:
-    r"""What an attacker may look at in one prediction p with true class y.
+def membership_features(probabilities: ArrayLike, labels: ArrayLike) -> dict[str, np.ndarray]:
+    r"""What an attacker may look at in a prediction p of an example with true class y.
 
     .. math::
       \text{correctness} &= [\arg\max_i p_i = y] \qquad \text{confidence} = p_y \\
@@ -17,14 +17,14 @@ def membership_features(probabilities: Any, labels: Any) -> dict[str, np.ndarray
       \text{modified\_entropy} &= -(1 - p_y) \log p_y - \textstyle\sum_{i \ne y} p_i \log (1 - p_i) \\
       \text{probability} &= p
 
-    Members tend to have high correctness and confidence, and low entropies.
+    Members tend to have a high correctness and confidence, and low entropies.
 
     Args:
       probabilities: [n, classes], rows summing to 1.
       labels: true classes, integers [n].
 
     Returns:
-      float64 arrays [n, 1] by name; "probability" is [n, classes]. Entropies in nats, >= 0.
+      float64 arrays [n, 1] by name; "probability" is [n, classes]. Entropies are in nats and >= 0.
 
     Raises:
       ValueError: other shapes, labels out of range, rows that are no probabilities.
@@ -57,29 +57,29 @@ FEATURES = ("correctness", "confidence", "entropy", "modified_entropy", "probabi
 
 
 def membership_attack(
-    forget: tuple[Any, Any],
-    members: tuple[Any, Any],
-    non_members: tuple[Any, Any],
+    forget: Predictions,
+    members: Predictions,
+    non_members: Predictions,
     features: Sequence[str] = FEATURES,
 ) -> dict[str, float]:
-    r"""Percent of the forget set that an attacker takes for non-members, by each feature.
+    """The percentage of the forget set that an attacker takes for non-members, by each feature.
 
-    An RBF support vector classifier (C = 3, gamma = 1 / number of features) is fitted on equally
-    many members (the retain set) and non-members (the test set) of the unlearned model, then asked
-    about the forget set. Range [0, 100]. Retrain's value is the aim, not 100: forgetting beyond it
-    marks the forget set as clearly as remembering does. On "confidence" this is the MIA of the
-    classification protocol.
+    An RBF support vector classifier (C = 3, gamma = 1 / number of features) is fitted on the unlearned
+    model's predictions of equally many members (the retain set) and non-members (the test set). It then
+    classifies the forget set. Range [0, 100]. The aim is Retrain's value, not 100: forgetting beyond it marks
+    the forget set as clearly as remembering does. By "confidence" this is the MIA of the classification
+    protocol.
 
     Args:
       forget, members, non_members: (probabilities [n, classes], labels [n]) of the unlearned model.
         The first examples are used where there are more members than non-members or the reverse.
-      features: which of `membership_features` to attack by; each fits a classifier of its own, whose
-        time grows with the square of the number of examples.
+      features: names from `membership_features`. Each gets a classifier of its own, whose time grows with the
+        square of the number of examples.
 
     Returns:
-      A percentage for each of the features, and "auc": the area under the ROC curve of
-      telling forget examples from non-members by confidence, in [0, 1]; 0.5 is what Retrain scores
-      where both come from one distribution, above it the forget set still looks trained on.
+      A percentage for each of the features, and "auc" in [0, 1]: the area under the ROC curve of telling
+      forget examples from non-members by confidence. Retrain scores 0.5 where both come from one
+      distribution. Above that the forget set still looks like training data.
 
     Raises:
       ImportError: scikit-learn is missing.
@@ -112,7 +112,7 @@ def membership_attack(
         seen = np.concatenate([inside[name][:size], outside[name][:size]])
         attack = SVC(C=3, gamma="auto", kernel="rbf").fit(seen, is_member)
         result[name] = 100 * float(np.mean(attack.predict(targets[name]) == 0))
-    confidences = np.concatenate([targets["confidence"], outside["confidence"]])[:, 0]
+    confidences = np.concatenate([targets["confidence"], outside["confidence"]]).squeeze(-1)
     is_forget = np.arange(len(confidences)) < len(targets["confidence"])
     result["auc"] = float(roc_auc_score(is_forget, confidences))
     return result

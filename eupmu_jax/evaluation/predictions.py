@@ -1,11 +1,13 @@
-"""Predictions as every metric takes them: checked once, in float64."""
-
-from typing import Any
+"""Predictions as every metric takes them, checked and in float64."""
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+Predictions = tuple[ArrayLike, ArrayLike]
+"""(probabilities [n, classes], labels [n]) of one model on one set of examples."""
 
 
-def check_probabilities(probabilities: Any) -> np.ndarray:
+def check_probabilities(probabilities: ArrayLike) -> np.ndarray:
     """[n, classes] in float64, n >= 1; ValueError if its rows are no probabilities."""
     p = np.asarray(probabilities, np.float64)
     if p.ndim != 2 or p.size == 0:
@@ -16,7 +18,7 @@ def check_probabilities(probabilities: Any) -> np.ndarray:
     return p
 
 
-def check_predictions(probabilities: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+def check_predictions(probabilities: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities, and their labels as integers [n]."""
     p, y = check_probabilities(probabilities), np.asarray(labels)
     if y.shape != p.shape[:1] or not np.issubdtype(y.dtype, np.integer):

@@ -1,47 +1,50 @@
 """The relearning attack: how fast does fine-tuning bring back what was forgotten?"""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from eupmu_jax.method.trees import leading_length
+from eupmu_jax.method.types import PyTree
+
 
 def relearning_curve(
-    loss_fn: Callable[[Any, Any], Any],
-    score_fn: Callable[[Any], Any],
-    params: Any,
-    batches: Any,
+    loss_fn: Callable[[PyTree, PyTree], jax.Array],
+    score_fn: Callable[[PyTree], PyTree],
+    params: PyTree,
+    batches: PyTree,
     optimizer: optax.GradientTransformation,
     every: int = 1,
-) -> Any:
+) -> PyTree:
     r"""A score, usually the forget accuracy, along a fine-tuning of the unlearned model.
 
     .. math::
       \theta_{t+1} = \theta_t + \mathrm{optimizer}(\nabla L(\theta_t; b_t)), \qquad
       s_j = \mathrm{score}(\theta_{j \cdot \text{every}})
 
-    Two attacks, by what is in the batches:
+    The batches make it one of two attacks:
 
-    - retain data alone: whatever the forget score gains was still in the weights;
-    - a few forget examples: score the *others*, or memorising the few looks like relearning.
+    - They hold retain data alone. Whatever the forget score gains was still in the weights.
+    - They hold a few forget examples. Then score the *other* forget examples: memorising the few would look
+      like relearning.
 
-    Of a forget accuracy in percent the range is [0, 100]. Run Retrain with the same batches and
-    optimiser. Its curve stays flat on retain data, and on forget examples rises as slowly as learning
-    something new; a method passes if its curve is no steeper, whatever it starts from. A steeper one
-    means hidden, not forgotten.
+    Compare with Retrain under the same batches and optimiser. Its curve stays flat on retain data. On
+    forget examples it rises as slowly as for anything new. A method passes if its curve is no steeper,
+    wherever it starts. A steeper curve means that the forget set was hidden, not forgotten. A forget
+    accuracy in percent has the range [0, 100].
 
-    One nest of scans: compose with ``jax.jit`` and ``jax.vmap`` (over params for methods and seeds,
-    over batches for draws of the forget examples).
+    The function is a nest of scans, so ``jax.jit`` and ``jax.vmap`` apply to it: over params for methods and
+    seeds, over batches for draws of the forget examples.
 
     Args:
       loss_fn: pure function (params, batch) -> scalar.
-      score_fn: pure function params -> array or pytree of arrays, on data of its own.
-      params: the unlearned model's, a pytree of floating arrays.
-      batches: pytree of arrays [steps, ...], steps >= 1, one slice per step.
-      optimizer: any optax transformation, started afresh.
-      every: steps between scores, a divisor of steps.
+      score_fn: pure function params -> array or pytree of arrays. It brings its own data.
+      params: the unlearned model's parameters, a pytree of floating arrays.
+      batches: pytree of arrays [steps, ...], steps >= 1, with one slice for each step.
+      optimizer: any optax transformation. It starts from its initial state.
+      every: number of steps between scores, a divisor of steps.
 
     Returns:
       The scores with a leading axis [steps // every + 1]: before the first step and after each
@@ -62,10 +65,10 @@ def relearning_curve(
 
     Source: Siddiqui et al., arXiv 2505.22310 (retain data alone).
     """
-    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
-    if len(lengths) != 1 or lengths <= {(), (0,)}:
-        raise ValueError(f"batches must be arrays [steps, ...] with one steps >= 1, got {sorted(lengths)}")
-    ((steps,),) = lengths
+    steps = leading_length(batches)
+    if steps is None:
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batches)]
+        raise ValueError(f"batches must be arrays [steps, ...] with one steps >= 1, got shapes {shapes}")
     if every < 1 or steps % every:
         raise ValueError(f"steps must be a multiple of every >= 1, got {steps} steps and every={every}")
     chunks = jax.tree.map(lambda x: jnp.reshape(x, (-1, every, *jnp.shape(x)[1:])), batches)
@@ -76,9 +79,10 @@ def relearning_curve(
         return (optax.apply_updates(params, updates), state), None
 
     def run_chunk(carry, chunk):
-        carry, _ = jax.lax.scan(step, carry, chunk)
-        return carry, score_fn(carry[0])
+        (params, state), _ = jax.lax.scan(step, carry, chunk)
+        return (params, state), score_fn(params)
 
     start = jax.tree.map(jnp.asarray, params)
     _, later = jax.lax.scan(run_chunk, (start, optimizer.init(start)), chunks)
-    return jax.tree.map(lambda s, rest: jnp.concatenate([jnp.asarray(s)[None], rest]), score_fn(start), later)
+    with_first = lambda first, rest: jnp.concatenate([jnp.asarray(first)[None], rest])
+    return jax.tree.map(with_first, score_fn(start), later)

@@ -1,21 +1,20 @@
 """Accuracies of the classification protocol, and distances to the retrained model."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from eupmu_jax.evaluation.membership import membership_attack
-from eupmu_jax.evaluation.predictions import check_predictions, check_probabilities
+from eupmu_jax.evaluation.predictions import Predictions, check_predictions, check_probabilities
 
 
-def accuracy(probabilities: Any, labels: Any) -> float:
-    r"""Percent of examples whose most probable class is the true one.
+def accuracy(probabilities: ArrayLike, labels: ArrayLike) -> float:
+    r"""The percentage of examples whose most probable class is the true one.
 
     .. math:: 100 \cdot \mathrm{mean}_j [\arg\max_i p_{ji} = y_j]
 
-    Range [0, 100], higher is better on retain and test sets; on the forget set Retrain's value is
-    the aim.
+    Range [0, 100]. Higher is better on retain and test sets. On the forget set the aim is Retrain's value.
 
     Args:
       probabilities: [n, classes], rows summing to 1.
@@ -31,27 +30,24 @@ def accuracy(probabilities: Any, labels: Any) -> float:
       >>> from eupmu_jax.evaluation import accuracy
       >>> accuracy([[0.9, 0.1], [0.8, 0.2]], [0, 1])
       50.0
-
-    Source: standard.
     """
     p, y = check_predictions(probabilities, labels)
     return 100 * float(np.mean(p.argmax(-1) == y))
 
 
-def classification_scores(
-    forget: tuple[Any, Any], retain: tuple[Any, Any], test: tuple[Any, Any]
-) -> dict[str, float]:
-    r"""The protocol's four figures of one model, in percent; nearer to Retrain's is better.
+def classification_scores(forget: Predictions, retain: Predictions, test: Predictions) -> dict[str, float]:
+    """The protocol's four figures of one model, in percent; nearer to Retrain's is better.
 
-    UA = 100 - accuracy on the forget set; RA, TA = accuracy on the retain and test sets; MIA = the
-    share of the forget set that `membership_attack` takes for non-members by confidence. All in
-    [0, 100]. For class-wise forgetting leave the forgotten class out of the test set.
+    UA is 100 - accuracy on the forget set. RA and TA are the accuracies on the retain and test sets. MIA is
+    the share of the forget set that `membership_attack` takes for non-members by confidence. All are in
+    [0, 100]. To forget a whole class, leave that class out of the test set.
 
     Args:
       forget, retain, test: (probabilities [n, classes], labels [n]) of the model.
 
     Returns:
-      {"UA", "RA", "TA", "MIA"}; all NaN where a prediction is not finite, as after divergence.
+      The scores by name, "UA", "RA", "TA" and "MIA". All are NaN if a prediction is not finite, as after
+      divergence.
 
     Raises:
       ImportError: scikit-learn is missing.
@@ -82,7 +78,7 @@ def average_gap(
     retrain: Mapping[str, float],
     names: Sequence[str] = ("UA", "RA", "TA", "MIA"),
 ) -> float:
-    r"""Mean absolute difference to Retrain over the named scores, in points.
+    r"""The mean absolute difference to Retrain over the named scores, in points.
 
     .. math:: \mathrm{mean}_s |a_s - a_s^{\text{Retrain}}|
 
@@ -109,7 +105,7 @@ def average_gap(
 
 
 def tug_of_war(scores: Mapping[str, float], retrain: Mapping[str, float]) -> float:
-    r"""ToW: how near a model is to Retrain on the forget, retain and test sets at once.
+    r"""The ToW (tug of war) score: how near a model is to Retrain on all three sets at once.
 
     .. math:: \prod_{s \in \{UA, RA, TA\}} (1 - |a_s - a_s^{\text{Retrain}}| / 100)
 
@@ -134,35 +130,37 @@ def tug_of_war(scores: Mapping[str, float], retrain: Mapping[str, float]) -> flo
     return float(np.prod([1 - abs(scores[name] - retrain[name]) / 100 for name in ("UA", "RA", "TA")]))
 
 
-def over_forgetting(scores: Mapping[str, float], retrain: Mapping[str, float], margin: float = 5.0) -> bool:
+def is_over_forgetting(
+    scores: Mapping[str, float], retrain: Mapping[str, float], margin: float = 5.0
+) -> bool:
     r"""Whether forgetting went so far beyond Retrain that it marks the forget set.
 
     .. math:: \exists \, s \in \{UA, MIA\}: \quad a_s - a_s^{\text{Retrain}} > \text{margin}
 
-    A model that errs on the forget set more than one that never saw it tells an attacker which
-    examples were deleted (the Streisand effect). False is better, Retrain scores False, and so does a
-    model that has forgotten too little: read it beside `average_gap`, not in its place.
+    A model that errs on the forget set more than one that never saw it tells an attacker which examples were
+    deleted (the Streisand effect). False is better, and Retrain scores False. A model that has forgotten too
+    little scores False as well: read this beside `average_gap`, not in its place.
 
     Args:
       scores, retrain: percentages by name, as from `classification_scores`.
-      margin: points above Retrain that pass for noise, above the spread of its seeds.
+      margin: points above Retrain that count as noise. Take more than the spread of Retrain over its seeds.
 
     Returns:
       True or False.
 
     Raises:
       KeyError: a name that is missing.
-      ValueError: a score that is NaN, as after divergence: that is no sign of moderation.
+      ValueError: a score that is NaN, as after divergence.
 
     Example:
-      >>> from eupmu_jax.evaluation import over_forgetting
+      >>> from eupmu_jax.evaluation import is_over_forgetting
       >>> retrain = {"UA": 5.0, "MIA": 12.0}
-      >>> over_forgetting({"UA": 7.0, "MIA": 37.0}, retrain)
+      >>> is_over_forgetting({"UA": 7.0, "MIA": 37.0}, retrain)
       True
-      >>> over_forgetting({"UA": 3.0, "MIA": 14.0}, retrain)
+      >>> is_over_forgetting({"UA": 3.0, "MIA": 14.0}, retrain)
       False
 
-    Source: ours; the effect after Golatkar et al., arXiv 1911.04933.
+    Source: Golatkar et al., arXiv 1911.04933, for the effect.
     """
     beyond = {name: scores[name] - retrain[name] for name in ("UA", "MIA")}
     for name, points in beyond.items():
@@ -171,17 +169,17 @@ def over_forgetting(scores: Mapping[str, float], retrain: Mapping[str, float], m
     return any(points > margin for points in beyond.values())
 
 
-def kl_divergence(reference: Any, probabilities: Any) -> float:
-    r"""Mean Kullback-Leibler divergence of a model's predictions from a reference's, in nats.
+def kl_divergence(reference: ArrayLike, probabilities: ArrayLike) -> float:
+    r"""The mean Kullback-Leibler divergence of a model's predictions from a reference's, in nats.
 
     .. math:: \mathrm{mean}_j \textstyle\sum_i q_{ji} \log (q_{ji} / p_{ji}), \quad q \text{ the reference}
 
-    Range [0, inf); lower is better, Retrain as its own reference scores 0 and a second retraining
-    a little more. inf where the model rules out what the reference allows.
+    Range [0, inf], and lower is better. Retrain as its own reference scores 0, and a second retraining a
+    little more. It is infinite where the model rules out what the reference allows.
 
     Args:
-      reference: q, [n, classes], Retrain's predictions on the same examples.
-      probabilities: p, [n, classes].
+      reference: q, the probabilities [n, classes] of Retrain on the same examples.
+      probabilities: p, those of the model, [n, classes].
 
     Returns:
       The mean divergence in nats.
@@ -193,8 +191,6 @@ def kl_divergence(reference: Any, probabilities: Any) -> float:
       >>> from eupmu_jax.evaluation import kl_divergence
       >>> round(kl_divergence([[1.0, 0.0]], [[0.5, 0.5]]), 4)
       0.6931
-
-    Source: standard.
     """
     q, p = check_probabilities(reference), check_probabilities(probabilities)
     if q.shape != p.shape:

@@ -11,6 +11,7 @@ from eupmu_jax.method.losses import (
     check_losses_fn,
     totals_and_counts,
 )
+from eupmu_jax.method.trees import leading_length
 
 
 def accumulated(losses_fn: LossesFn) -> LossesFn:
@@ -80,8 +81,7 @@ def widened(leaf):
 
 def check_micro_batches(batch) -> None:
     """ValueError unless all leaves have one leading axis of the same, positive length."""
-    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
-    if len(lengths) != 1 or lengths <= {(), (0,)}:
+    if leading_length(batch) is None:
         shapes = {
             jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(batch)
         }

@@ -118,13 +118,14 @@ def _with_budget(constraint: Budget) -> optax.GradientTransformationExtraArgs:
         total = jnp.asarray(constraint.total, dtype)
         seen = jax.tree.map(lambda loss: loss.astype(dtype), losses)
         demand, controlled = budget.control(state.controller_state, seen, total, lowest=-1.0)
-        norms = jax.vmap(optax.tree.norm) if shape else optax.tree.norm
         usable = all_finite((updates, retain_grads)) & is_usable(losses, log_losses=False)
-        slack = -demand * optax.tree.norm(updates) * norms(retain_grads)
+        norm = lambda tree: optax.tree.norm(optax.tree.cast(tree, dtype))
+        norms = jax.vmap(norm) if shape else norm
+        slack = -demand * norm(updates) * norms(retain_grads)
         slack = jnp.where(usable, slack, jnp.zeros_like(slack))
         direction, multiplier = unilateral_projection(updates, retain_grads, slack)
         length = 1 + jnp.sum(multiplier)
-        direction = jax.tree.map(lambda d: (d / length).astype(d.dtype), direction)
+        direction = jax.tree.map(lambda d: (d.astype(dtype) / length).astype(d.dtype), direction)
         stepped = budget.followed(state, controlled, total)._replace(multiplier=multiplier.astype(dtype))
         stepped = applied(stepped, losses)
         usable &= is_sound(stepped, before=state)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from eupmu_jax.method.constraints import check_shape, plain_numbers
 from eupmu_jax.method.gradient import all_finite, check_differentiable
 from eupmu_jax.method.losses import accumulation_dtype
+from eupmu_jax.method.trees import leading_length
 from eupmu_jax.method.types import Numbers, PyTree
 
 
@@ -101,13 +102,13 @@ def utilities_shape(forget_grads: PyTree, retain_grads: PyTree) -> tuple[int, ..
     retain_shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(retain_grads)]
     if retain_shapes == shapes:
         return ()
-    leading = {shape[:1] for shape in retain_shapes}
-    if [shape[1:] for shape in retain_shapes] != shapes or len(leading) != 1 or leading <= {(), (0,)}:
+    count = leading_length(retain_grads)
+    if [shape[1:] for shape in retain_shapes] != shapes or count is None:
         raise ValueError(
             "each leaf of retain_grads must have the shape of its leaf of forget_grads, or that with "
             f"one leading axis of length K, got {retain_shapes} and {shapes}"
         )
-    return leading.pop()
+    return (count,)
 
 
 def largest(leaves: list[jax.Array], count: int, dtype) -> jax.Array:

@@ -47,6 +47,13 @@ class SurgeryInfo(NamedTuple):
         raise the budget. It is cleared when the loss comes down; always False without a budget.
 
     The others are float32, or float64 where the multiplier is.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import eupmu_jax as eu
+      >>> surgery = eu.implicit_surgery(eu.Tolerance(0.0))
+      >>> eu.surgery_info(surgery.init(jnp.zeros(3))).multiplier
+      Array(1., dtype=float32)
     """
 
     forget_loss: jax.Array

@@ -1,10 +1,11 @@
-"""Forget and retain losses to build `Losses` from, as values per example, with masks.
+"""Forget and retain losses to build `Losses` from: a value for each example, with masks.
 
-For classification logits are [B, C], labels [B] and mask [B]; for sequences logits are [B, T, V], labels
-[B, T] and mask [B, T], where logits[:, t] predict labels[:, t]: shift them yourself. A mask is True where
-an entry counts; where it is False, logits may be NaN and labels anything (-100, say), in the value and in the
-gradient. A value is NaN where nothing of its example counts, so that none of it passes for a zero: leave
-it out with `masked_mean`. All is computed in float32 or wider, and in nats.
+A forget loss is minimised, so it is low when the example is forgotten. For classification logits are [B, C],
+labels [B] and mask [B]. For sequences logits are [B, T, V], labels [B, T] and mask [B, T], and
+logits[:, t] predict labels[:, t]: shift them yourself. A mask is True where an entry counts. Where it is
+False, logits may be NaN and labels anything (-100, say): neither value nor gradient sees them. The value of
+an example of which nothing counts is NaN, not zero: leave it out with `masked_mean`. All is computed in
+float32 or wider, and in nats.
 """
 
 from eupmu_jax.objectives.diffusion import noise_prediction_redirect

@@ -2,10 +2,10 @@
 
 import math
 import operator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from eupmu_jax.objectives.masks import (
     LOGITS,
@@ -19,14 +19,15 @@ from eupmu_jax.objectives.masks import (
 )
 
 
-def cross_entropy(logits: Any, labels: Any, mask: Any = None) -> jax.Array:
+def cross_entropy(logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
     r"""Cross-entropy to the labels: a retain loss, and with `wrong_labels` a forget loss.
 
     .. math:: -\log p_y, \quad p = \mathrm{softmax}(\text{logits});
         \qquad \text{over the tokens that count: their mean}
 
-    Range [0, inf); inf for a label whose logit is -inf. With wrong labels on the forget set it pulls to
-    confident errors, which a strong attack tells from a retrained model's.
+    Range [0, inf], infinite for a label whose logit is -inf. With the *true* labels of the forget set it is
+    no forget loss: minimising it learns them. With wrong labels it pulls to confident errors, which a strong
+    attack tells from a retrained model's predictions.
 
     Args:
       logits: floating [B, C], or [B, T, V].
@@ -34,8 +35,7 @@ def cross_entropy(logits: Any, labels: Any, mask: Any = None) -> jax.Array:
       mask: bool of the shape of labels, True where an entry counts; None for all.
 
     Returns:
-      [B] in nats, float32 or wider. A label outside [0, C) makes it NaN under jit, so that the
-      step is skipped.
+      [B] in nats, float32 or wider. Under jit a label outside [0, C) gives NaN, so that the step is skipped.
 
     Raises:
       TypeError: logits that are not floating, labels that are not integers, a mask that is not boolean.
@@ -46,29 +46,31 @@ def cross_entropy(logits: Any, labels: Any, mask: Any = None) -> jax.Array:
       >>> objectives.cross_entropy(jnp.zeros((1, 4)), jnp.array([2])).round(4)
       Array([1.3863], dtype=float32)
 
-    Source: standard; random labels as a forget loss after Golatkar et al., arXiv 1911.04933.
+    Source: Golatkar et al., arXiv 1911.04933, for random labels as a forget loss.
     """
-    _, log_p_label, _, counts = label_log_probability(logits, labels, mask)
-    return mean_of_tokens(-log_p_label, counts)
+    at = label_log_probability(logits, labels, mask)
+    return mean_of_tokens(-at.of_label, at.counts)
 
 
-def wrong_labels(key: jax.Array, labels: Any, num_classes: int, mask: Any = None) -> jax.Array:
-    r"""A label for each example, uniform among the classes other than its own.
+def wrong_labels(
+    key: jax.Array, labels: ArrayLike, num_classes: int, mask: ArrayLike | None = None
+) -> jax.Array:
+    r"""A wrong label for each example, uniform among the classes other than its own.
 
     .. math:: P(\tilde y = c) = [c \neq y] \;/\; (C - 1)
 
-    Draw them once, before the run, to pull every example to one class; anew in each step, and the pull
-    is to the uniform distribution over the other classes.
+    Labels that are drawn once, before the run, pull every example to one class. Labels that are drawn anew in
+    each step pull to the uniform distribution over the other classes.
 
     Args:
       key: a JAX random key.
-      labels: the true classes, integers of any shape.
+      labels: true classes, integers of any shape.
       num_classes: C >= 2, a Python int.
       mask: bool of the shape of labels, True where an entry counts; None for all.
 
     Returns:
-      int32 of the shape of labels, in [0, C); -1, which no objective takes, where the mask is False or,
-      under jit, where the label is outside [0, C).
+      int32 of the shape of labels, in [0, C). It is -1, which no objective takes, where the mask is False
+      and, under jit, where the label is outside [0, C).
 
     Raises:
       TypeError: labels that are not integers, a num_classes that is no int, a mask that is not boolean.
@@ -91,13 +93,13 @@ def wrong_labels(key: jax.Array, labels: Any, num_classes: int, mask: Any = None
     return jnp.where(in_range & counts, wrong, -1)
 
 
-def gradient_ascent(logits: Any, labels: Any, mask: Any = None) -> jax.Array:
-    r"""Minus the cross-entropy to the true labels.
+def gradient_ascent(logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
+    r"""Minus the cross-entropy to the true labels: a forget loss without a floor.
 
     .. math:: \log p_y; \qquad \text{over the tokens that count: their mean}
 
-    Range (-inf, 0]: nothing stops it, and it pushes hardest where a label is least probable already;
-    `unlikelihood` and `npo` ease off. It is negative, so it needs raw losses (log_losses=False).
+    Range [-inf, 0]. Nothing stops it, and it pushes hardest where a label is least probable already.
+    `unlikelihood` and `npo` ease off there. It is negative, so it needs raw losses (log_losses=False).
 
     Args:
       logits, labels, mask: as for `cross_entropy`, of the forget set.
@@ -118,13 +120,13 @@ def gradient_ascent(logits: Any, labels: Any, mask: Any = None) -> jax.Array:
     return -cross_entropy(logits, labels, mask)
 
 
-def unlikelihood(logits: Any, labels: Any, mask: Any = None) -> jax.Array:
+def unlikelihood(logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
     r"""Gradient ascent that is bounded below: it is done when the label has no probability left.
 
     .. math:: -\log(1 - p_y); \qquad \text{over the tokens that count: their mean}
 
-    Range [0, inf), 0 only at p_y = 0, where its gradient vanishes, too. It is about p_y for a small p_y and
-    the margin of the label's logit for p_y near 1, accurate at both ends.
+    Range [0, inf). It is 0 only at p_y = 0, where its gradient vanishes, too. For a small p_y it is about
+    p_y, for p_y near 1 about the margin of the label's logit. Both ends are computed accurately.
 
     Args:
       logits, labels, mask: as for `cross_entropy`, of the forget set; at least two classes.
@@ -143,22 +145,23 @@ def unlikelihood(logits: Any, labels: Any, mask: Any = None) -> jax.Array:
 
     Source: Welleck et al., arXiv 1908.04319, with the label as the only negative candidate.
     """
-    log_p, log_p_label, labels, counts = label_log_probability(logits, labels, mask)
+    at = label_log_probability(logits, labels, mask)
     # 1 - p_y cancels for p_y near 1, the sum of the others rounds p_y away when it is near 0.
-    is_probable = log_p_label > math.log(0.5)
-    is_other = jax.lax.broadcasted_iota(labels.dtype, log_p.shape, log_p.ndim - 1) != labels[..., None]
-    others = jax.nn.logsumexp(jnp.where(is_other, log_p, -jnp.inf), -1)
-    improbable = jnp.where(is_probable, -1, log_p_label)
-    return mean_of_tokens(jnp.where(is_probable, -others, -jnp.log1p(-jnp.exp(improbable))), counts)
+    is_probable = at.of_label > math.log(0.5)
+    classes = jax.lax.broadcasted_iota(at.labels.dtype, at.log_p.shape, at.log_p.ndim - 1)
+    others = jax.nn.logsumexp(jnp.where(classes != at.labels[..., None], at.log_p, -jnp.inf), -1)
+    improbable = jnp.where(is_probable, -1, at.of_label)
+    return mean_of_tokens(jnp.where(is_probable, -others, -jnp.log1p(-jnp.exp(improbable))), at.counts)
 
 
-def kl_to_uniform(logits: Any, mask: Any = None) -> jax.Array:
-    r"""Divergence of the prediction from the uniform one: pulls to knowing nothing.
+def kl_to_uniform(logits: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
+    r"""The divergence of the prediction from the uniform one, a forget loss that pulls to ignorance.
 
     .. math:: \mathrm{KL}(u \,\|\, p) = -\tfrac1C \textstyle\sum_c \log p_c - \log C, \quad u_c = 1/C
 
-    Range [0, inf), 0 only for equal logits. The gradient is p - u: it does not vanish on a sure prediction,
-    as that of KL(p || u) does. A class whose logit is -inf is ruled out: u is uniform over the others.
+    Range [0, inf), 0 only for equal logits. The gradient is p - u. It does not vanish on a confident
+    prediction, as that of KL(p || u) does. A class whose logit is -inf is left out: u is uniform over the
+    others.
 
     Args:
       logits: floating [B, C], or [B, T, V], of the forget set.
@@ -185,19 +188,21 @@ def kl_to_uniform(logits: Any, mask: Any = None) -> jax.Array:
     return mean_of_tokens(-jnp.sum(jnp.where(is_class, log_p, 0), -1) / classes - jnp.log(classes), counts)
 
 
-def kl_to_reference(logits: Any, reference_logits: Any, mask: Any = None) -> jax.Array:
-    r"""Divergence from a reference model's prediction, such as the original's on retain data.
+def kl_to_reference(
+    logits: ArrayLike, reference_logits: ArrayLike, mask: ArrayLike | None = None
+) -> jax.Array:
+    r"""The divergence from a reference model's prediction, such as the original's on retain data.
 
     .. math:: \mathrm{KL}(q \,\|\, p) = \textstyle\sum_c q_c (\log q_c - \log p_c), \quad
         q = \mathrm{softmax}(\text{reference})
 
-    Range [0, inf), 0 only for equal predictions, up to rounding; inf where the model rules out what the
-    reference allows, while a class with a logit of -inf in both adds nothing. The gradient is p - q, and
+    Range [0, inf], 0 only for equal predictions, up to rounding. It is infinite where the model rules out
+    what the reference allows. A class whose logit is -inf in both adds nothing. The gradient is p - q, and
     none flows into the reference.
 
     Args:
-      logits: the model's, floating [B, C], or [B, T, V].
-      reference_logits: floating, of the same shape.
+      logits: those of the model, floating [B, C], or [B, T, V].
+      reference_logits: those of the reference, floating, of the same shape.
       mask: bool [B], or [B, T], True where an entry counts; None for all.
 
     Returns:
@@ -214,8 +219,9 @@ def kl_to_reference(logits: Any, reference_logits: Any, mask: Any = None) -> jax
 
     Source: Hinton et al., arXiv 1503.02531; to keep utility in unlearning Maini et al., arXiv 2401.06121.
     """
-    names = "logits", "reference_logits"
-    logits, reference_logits = wide_pair(names, (logits, reference_logits), LOGITS, [2, 3])
+    logits, reference_logits = wide_pair(
+        "logits", logits, "reference_logits", reference_logits, LOGITS, [2, 3]
+    )
     counts = what_counts(mask, logits.shape[:-1])
     log_p, log_q = log_softmax(logits, counts), log_softmax(reference_logits, counts)
     q = jnp.exp(log_q)

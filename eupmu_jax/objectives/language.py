@@ -1,21 +1,22 @@
 """Objectives on the log probability of a sequence: NPO and SimNPO."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from eupmu_jax.objectives.masks import VALUES, check_shape, label_log_probability, wide, wide_pair
 
 
-def sequence_log_probability(logits: Any, targets: Any, mask: Any = None) -> jax.Array:
+def sequence_log_probability(
+    logits: ArrayLike, targets: ArrayLike, mask: ArrayLike | None = None
+) -> jax.Array:
     r"""The log-probability of each sequence: what `npo` and `simnpo` take.
 
     .. math:: \log \pi(y) = \textstyle\sum_t m_t \log p_t(y_t)
 
-    Range (-inf, 0]; 0 where no token counts.
+    Range [-inf, 0]; 0 where no token counts.
 
     Args:
       logits: floating [B, T, V]; logits[:, t] predict targets[:, t].
@@ -23,8 +24,8 @@ def sequence_log_probability(logits: Any, targets: Any, mask: Any = None) -> jax
       mask: bool [B, T], True where a token counts (the answer, not the prompt); None for all.
 
     Returns:
-      [B] in nats, float32 or wider. A target outside [0, V) makes it NaN under jit. With labels
-      [B], ``-cross_entropy(logits, labels)`` is the log-probability of a class.
+      [B] in nats, float32 or wider. Under jit a target outside [0, V) gives NaN. For classes, with labels
+      [B], the log-probability is ``-cross_entropy(logits, labels)``.
 
     Raises:
       TypeError: as for `cross_entropy`.
@@ -35,25 +36,25 @@ def sequence_log_probability(logits: Any, targets: Any, mask: Any = None) -> jax
       >>> targets, mask = jnp.array([[1, 0, -100]]), jnp.array([[True, True, False]])
       >>> objectives.sequence_log_probability(jnp.zeros((1, 3, 2)), targets, mask).round(4)
       Array([-1.3863], dtype=float32)
-
-    Source: standard.
     """
-    _, log_p_target, _, counts = label_log_probability(logits, targets, mask, "targets", "[B, T, V]", [3])
-    return jnp.sum(jnp.where(counts, log_p_target, 0), -1)
+    at = label_log_probability(logits, targets, mask, "targets", "[B, T, V]", [3])
+    return jnp.sum(jnp.where(at.counts, at.of_label, 0), -1)
 
 
-def npo(log_probability: Any, reference_log_probability: Any, beta: Any = 0.1) -> jax.Array:
+def npo(
+    log_probability: ArrayLike, reference_log_probability: ArrayLike, beta: float | jax.Array = 0.1
+) -> jax.Array:
     r"""Negative preference optimisation: gradient ascent that eases off as the reference is left behind.
 
     .. math:: -\tfrac2\beta \log\sigma\big(-\beta (\log\pi - \log\pi_\text{ref})\big)
 
     Range [0, inf), 2 log(2) / beta at the reference. Its gradient is that of log pi times
-    2 pi^beta / (pi^beta + pi_ref^beta); as beta -> 0 that factor -> 1: gradient ascent on the sequence.
+    2 pi^beta / (pi^beta + pi_ref^beta). As beta -> 0 that factor -> 1, and npo becomes gradient ascent.
 
     Args:
       log_probability: log pi of each forget example, floating [B], from `sequence_log_probability`.
-      reference_log_probability: the same under the model before unlearning; no gradient flows into it.
-      beta: > 0, the inverse temperature; 0.1 is the paper's.
+      reference_log_probability: the same under the model before unlearning. No gradient flows into it.
+      beta: the inverse temperature > 0. The paper uses 0.1.
 
     Returns:
       [B], float32 or wider.
@@ -68,26 +69,37 @@ def npo(log_probability: Any, reference_log_probability: Any, beta: Any = 0.1) -
 
     Source: Zhang et al., arXiv 2404.05868.
     """
-    names = "log_probability", "reference_log_probability"
-    value, reference = wide_pair(names, (log_probability, reference_log_probability), VALUES, [1])
-    return preference(value - reference, beta)
+    value, reference = wide_pair(
+        "log_probability",
+        log_probability,
+        "reference_log_probability",
+        reference_log_probability,
+        VALUES,
+        [1],
+    )
+    return _preference(value - reference, beta)
 
 
-def simnpo(log_probability: Any, length: Any, beta: Any, gamma: Any = 0.0) -> jax.Array:
-    r"""NPO without a reference model: the log-probability per token takes the place of the ratio.
+def simnpo(
+    log_probability: ArrayLike,
+    length: ArrayLike,
+    beta: float | jax.Array,
+    gamma: float | jax.Array = 0.0,
+) -> jax.Array:
+    r"""NPO without a reference model: the log-probability per token stands in for the ratio.
 
     .. math:: -\tfrac2\beta \log\sigma\big(-\tfrac{\beta}{|y|} \log\pi - \gamma\big)
 
-    Range [0, inf). A larger gamma asks for less probability before it eases off.
+    Range [0, inf). With a larger gamma it eases off at a lower probability.
 
     Args:
       log_probability: log pi of each forget example, floating [B], from `sequence_log_probability`.
-      length: |y|, the tokens of each that count, real [B]: mask.sum(-1).
-      beta: > 0, the inverse temperature, searched for each task by the paper's code, between 1 and 4.5.
-      gamma: the reward margin, added to beta times nats per token; that code's gamma times beta.
+      length: |y|, the number of tokens that count in each example, real [B]: mask.sum(-1).
+      beta: the inverse temperature > 0. The paper's code searches it for each task, between 1 and 4.5.
+      gamma: the reward margin, added to beta times nats per token. It is that code's gamma times beta.
 
     Returns:
-      [B], float32 or wider; NaN for a length that is not positive, for `masked_mean` to leave out.
+      [B], float32 or wider; NaN for a length that is not positive: leave it out with `masked_mean`.
 
     Raises:
       TypeError, ValueError: dtypes and shapes other than these; a beta that is not positive.
@@ -103,10 +115,10 @@ def simnpo(log_probability: Any, length: Any, beta: Any, gamma: Any = 0.0) -> ja
     check_shape("length", length, value.shape, "that of log_probability")
     length = jnp.asarray(length).astype(value.dtype)
     per_token = value / jnp.where(length > 0, length, 1)
-    return jnp.where(length > 0, preference(per_token, beta, gamma), jnp.nan)
+    return jnp.where(length > 0, _preference(per_token, beta, gamma), jnp.nan)
 
 
-def preference(log_ratio, beta, gamma=0.0):
+def _preference(log_ratio: jax.Array, beta: float | jax.Array, gamma: float | jax.Array = 0.0) -> jax.Array:
     """-2 / beta log sigmoid(-beta log_ratio - gamma)."""
     if not isinstance(beta, Tracer) and not np.all(np.asarray(beta) > 0):
         raise ValueError(f"beta must be > 0, got {beta}")

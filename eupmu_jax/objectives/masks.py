@@ -1,31 +1,33 @@
 """Arrays and masks as every objective takes them, and the mean over what counts."""
 
-from typing import Any
+from collections.abc import Collection
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from eupmu_jax.method.losses import Mean, accumulation_dtype
 
 LOGITS, VALUES = "[B, C] or [B, T, V]", "[B], one for each example"
 
 
-def masked_mean(values: Any, mask: Any = None) -> Mean:
-    r"""The mean of values over the examples that count, as the sum and the count that `Losses` takes.
+def masked_mean(values: ArrayLike, mask: ArrayLike | None = None) -> Mean:
+    r"""The mean of values over the examples that count, as the sum and count that `Losses` takes.
 
     .. math:: \textstyle\sum_b m_b v_b \;/\; \sum_b m_b
 
     A value that does not count may be NaN or infinite: it enters neither the mean nor the gradient with
-    respect to values. Where the network itself is NaN there, give the objective the mask as well.
+    respect to values. If the network itself is NaN there, give the mask to the objective as well.
 
     Args:
-      values: per example, floating [B], as the functions of this module return.
+      values: one for each example, floating [B], as the objectives return them.
       mask: bool [B], True for an example that counts; None for all. For tokens [B, T]: mask.any(-1).
 
     Returns:
-      `Mean` of total [] and count [], float32 or wider; of no examples the count is 0.
+      A `Mean` whose total [] and count [] are float32 or wider. The count of no examples is 0.
 
     Raises:
       TypeError, ValueError: dtypes and shapes other than these.
@@ -35,39 +37,46 @@ def masked_mean(values: Any, mask: Any = None) -> Mean:
       >>> mean = objectives.masked_mean(jnp.array([1.0, jnp.nan, 4.0]), jnp.array([True, False, True]))
       >>> float(mean.total), float(mean.count)
       (5.0, 2.0)
-
-    Source: ours.
     """
     values = wide("values", values, VALUES, [1])
     counts = what_counts(mask, values.shape)
     return Mean(jnp.sum(jnp.where(counts, values, 0)), jnp.sum(counts, dtype=values.dtype))
 
 
-def wide(name, array, wanted, ranks):
-    """In float32 or wider, checked for its dtype and number of axes."""
+def wide(name: str, array: ArrayLike, wanted: str, ranks: Collection[int]) -> jax.Array:
+    """`array` in float32 or wider, checked for its dtype and number of axes."""
     array = jnp.asarray(array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating point, got {array.dtype}")
-    if array.ndim not in ranks or array.shape[1:][-1:] == (0,):
+    has_no_classes = array.ndim > 1 and array.shape[-1] == 0
+    if array.ndim not in ranks or has_no_classes:
         raise ValueError(f"{name} must have the shape {wanted}, got {array.shape}")
     return array.astype(accumulation_dtype(array))
 
 
-def wide_pair(names, arrays, wanted, ranks):
-    """Two of one shape, in one dtype; no gradient flows into the second."""
-    check_shape(names[1], arrays[1], jnp.shape(arrays[0]), f"that of {names[0]}")
-    first, second = (wide(name, array, wanted, ranks) for name, array in zip(names, arrays, strict=True))
-    dtype = accumulation_dtype(first, second)
-    return first.astype(dtype), jax.lax.stop_gradient(second.astype(dtype))
+def wide_pair(
+    name: str,
+    array: ArrayLike,
+    reference_name: str,
+    reference: ArrayLike,
+    wanted: str,
+    ranks: Collection[int],
+) -> tuple[jax.Array, jax.Array]:
+    """Two arrays of one shape, in one dtype; no gradient flows into the reference."""
+    check_shape(reference_name, reference, jnp.shape(array), f"that of {name}")
+    array, reference = wide(name, array, wanted, ranks), wide(reference_name, reference, wanted, ranks)
+    dtype = accumulation_dtype(array, reference)
+    return array.astype(dtype), jax.lax.stop_gradient(reference.astype(dtype))
 
 
-def check_shape(name, array, shape, why):
+def check_shape(name: str, array: ArrayLike, shape: tuple[int, ...], why: str) -> None:
+    """ValueError unless the array has the shape, which it must for the reason `why`."""
     if jnp.shape(array) != shape:
         raise ValueError(f"{name} must have the shape {shape}, {why}; got {jnp.shape(array)}")
 
 
-def what_counts(mask, shape):
-    """The mask, True everywhere if there is none."""
+def what_counts(mask: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array:
+    """The mask, bool of that shape; True everywhere if there is none."""
     if mask is None:
         return jnp.ones(shape, bool)
     if not jnp.issubdtype(jnp.result_type(mask), jnp.bool):
@@ -76,24 +85,50 @@ def what_counts(mask, shape):
     return jnp.asarray(mask)
 
 
-def log_softmax(logits, counts):
+def log_softmax(logits: jax.Array, counts: jax.Array) -> jax.Array:
+    """Of [..., C], where what does not count is replaced by equal logits."""
     # The derivative of a NaN is NaN even times 0: it is replaced before, not after, the logarithm.
     return jax.nn.log_softmax(jnp.where(counts[..., None], logits, 0))
 
 
-def label_log_probability(logits, labels, mask, name="labels", wanted=LOGITS, ranks=(2, 3)):
-    """Log-probabilities, that of the label (NaN out of range), labels without those, what counts."""
+class LabelLogProbability(NamedTuple):
+    """What a model says of labels [...], with classes along a last axis C.
+
+    Attributes:
+      log_p: log-probabilities of all classes [..., C].
+      of_label: that of the label [...], NaN where the label is out of range.
+      labels: int32 [...], 0 where the label is out of range.
+      counts: bool [...].
+    """
+
+    log_p: jax.Array
+    of_label: jax.Array
+    labels: jax.Array
+    counts: jax.Array
+
+
+def label_log_probability(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    mask: ArrayLike | None,
+    name: str = "labels",
+    wanted: str = LOGITS,
+    ranks: Collection[int] = (2, 3),
+) -> LabelLogProbability:
+    """The log-probability of each label; `name` is what messages call the labels."""
     logits = wide("logits", logits, wanted, ranks)
     counts = what_counts(mask, logits.shape[:-1])
     labels, in_range = checked_labels(name, labels, counts, logits.shape[-1])
     log_p = log_softmax(logits, counts)
     # Gathering by itself would take -1 for the last class.
     log_p_label = jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0]
-    return log_p, jnp.where(in_range, log_p_label, jnp.nan), labels, counts
+    return LabelLogProbability(log_p, jnp.where(in_range, log_p_label, jnp.nan), labels, counts)
 
 
-def checked_labels(name, labels, counts, num_classes):
-    """As int32 with 0 in place of what is out of range, and whether each is in range."""
+def checked_labels(
+    name: str, labels: ArrayLike, counts: jax.Array, num_classes: int
+) -> tuple[jax.Array, jax.Array]:
+    """The labels as int32, 0 in place of those out of range, and whether each is in range."""
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
         raise TypeError(f"{name} must be integers, got {jnp.result_type(labels)}")
     check_shape(name, labels, counts.shape, "one for each prediction")
@@ -109,8 +144,8 @@ def checked_labels(name, labels, counts, num_classes):
     return jnp.where(in_range, labels, 0).astype(jnp.int32), in_range
 
 
-def mean_of_tokens(values, counts):
-    """[B] from [B], or from [B, T] the mean over what counts; NaN where nothing does."""
+def mean_of_tokens(values: jax.Array, counts: jax.Array) -> jax.Array:
+    """The mean over the tokens that count, [B] from [B] or [B, T]; NaN where none does."""
     axes = tuple(range(1, values.ndim))
     number = jnp.sum(counts, axes, dtype=values.dtype)
     total = jnp.sum(jnp.where(counts, values, 0), axes)

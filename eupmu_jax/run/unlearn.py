@@ -41,6 +41,13 @@ class History(NamedTuple):
       evaluations: what ``evaluate`` returned, each with its "step": how many steps were done.
       best_step: the number of steps after which the returned parameters were had.
       stopped: why the run ended before its last step, or None.
+
+    Example:
+      >>> import numpy as np
+      >>> import eupmu_jax as eu
+      >>> history = eu.History({"retain_loss": np.array([0.2, 0.3])}, [], best_step=2, stopped=None)
+      >>> float(history.steps["retain_loss"][-1])
+      0.3
     """
 
     steps: dict[str, np.ndarray]

@@ -82,11 +82,12 @@ def attack_by_likelihood_ratio(testbed: Testbed, records: Records, task: Task, p
         def piece(name: str = name) -> Record:
             progress(f"likelihood-ratio attack: {name}", 0)
             of_method = confidences(references[name]() if name in references else unlearned(name))
-            if of_method is None:
+            if of_method is None or retrained is None:
                 return {"diverged": True}
-            result = evaluation.likelihood_ratio_attack(of_method, retrained)
-            per_example = result.pop("per_example")
-            return result | {"worst_tenth": float(np.mean(np.sort(per_example)[-len(per_example) // 10 :]))}
+            scores = evaluation.likelihood_ratio_attack(of_method, retrained)
+            most_telling = np.sort(scores["per_example"])[-len(task.forget) // 10 :]
+            figures = {name: value for name, value in scores.items() if name != "per_example"}
+            return figures | {"worst_tenth": float(np.mean(most_telling))}
 
         records.get(("likelihood ratio", task.name, name), piece)
         progress(f"likelihood-ratio attack: {name}", name in config.methods)

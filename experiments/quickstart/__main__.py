@@ -90,7 +90,7 @@ def unlearn(config: Config, model: Classifier, params: Any, sets: Sets, folder: 
         known = cross_entropy(model.apply(params, retain.x), retain.y)
         return eu.Losses(forget=masked_mean(forgotten), retain=masked_mean(known))
 
-    some = Sets(*(part[:1000] for part in sets))
+    some = Sets(*(images.Examples(part.x[:1000], part.y[:1000]) for part in sets))
 
     def evaluate(params):
         return {f"{name}_accuracy": row["accuracy"] for name, row in measured(model, params, some).items()}

@@ -61,5 +61,5 @@ def against_retrain(scores: dict[str, Any], retrain: dict[str, Any]) -> dict[str
     return {
         "gap": evaluation.average_gap(scores, retrain),
         "ToW": evaluation.tug_of_war(scores, retrain),
-        "over-forgets": evaluation.over_forgetting(scores, retrain),
+        "over-forgets": evaluation.is_over_forgetting(scores, retrain),
     }

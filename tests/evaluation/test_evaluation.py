@@ -105,29 +105,29 @@ def test_a_diverged_network_scores_nothing():
         ((0.0, 0.0), False),
     ],
 )
-def test_over_forgetting(scores, expected):
+def test_is_over_forgetting(scores, expected):
     """Beyond Retrain by more than 5 points in either figure; what one lacks does not make up for it."""
     retrain = {"UA": 10.0, "MIA": 20.0}
-    got = evaluation.over_forgetting(dict(zip(("UA", "MIA"), scores, strict=True)), retrain)
+    got = evaluation.is_over_forgetting(dict(zip(("UA", "MIA"), scores, strict=True)), retrain)
     assert got is expected
 
 
-def test_over_forgetting_by_another_margin():
-    assert evaluation.over_forgetting({"UA": 11.0, "MIA": 20.0}, {"UA": 10.0, "MIA": 20.0}, margin=0.5)
-    assert not evaluation.over_forgetting({"UA": 19.0, "MIA": 20.0}, {"UA": 10.0, "MIA": 20.0}, margin=10)
+def test_is_over_forgetting_by_another_margin():
+    assert evaluation.is_over_forgetting({"UA": 11.0, "MIA": 20.0}, {"UA": 10.0, "MIA": 20.0}, margin=0.5)
+    assert not evaluation.is_over_forgetting({"UA": 19.0, "MIA": 20.0}, {"UA": 10.0, "MIA": 20.0}, margin=10)
 
 
 @pytest.mark.parametrize("name", ["UA", "MIA"])
-def test_over_forgetting_of_a_diverged_network(name):
+def test_is_over_forgetting_of_a_diverged_network(name):
     retrain = {"UA": 10.0, "MIA": 20.0}
     for pair in [(retrain | {name: np.nan}, retrain), (retrain, retrain | {name: np.nan})]:
         with pytest.raises(ValueError, match=f"{name} must not be NaN"):
-            evaluation.over_forgetting(*pair)
+            evaluation.is_over_forgetting(*pair)
     other = "MIA" if name == "UA" else "UA"
     with pytest.raises(ValueError, match=name):
-        evaluation.over_forgetting({name: np.nan, other: 100.0}, retrain)
+        evaluation.is_over_forgetting({name: np.nan, other: 100.0}, retrain)
     with pytest.raises(KeyError):
-        evaluation.over_forgetting({name: 1.0}, retrain)
+        evaluation.is_over_forgetting({name: 1.0}, retrain)
 
 
 @pytest.mark.parametrize(
