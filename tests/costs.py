@@ -62,6 +62,8 @@ def transformer(width=128, depth=2, length=64, vocabulary=256, batch_size=8, hea
     return params, lambda p, b: eu.Losses(loss(p, b[0]), loss(p, b[1])), (tokens, tokens)
 
 
+# What tests/conftest.py changes for speed, as users have it.
+AS_USERS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 INNER = {"momentum": optax.sgd(0.1, momentum=0.9), "adam": optax.adam(1e-3)}
 
 
@@ -97,7 +99,7 @@ def implicit_step(surgery, tx, losses_fn):
 
 def cost(step, *args, donate=(0, 1)):
     """(FLOPs, bytes of temporaries) of a step that, as in training, takes its arguments over."""
-    compiled = jax.jit(step, donate_argnums=donate).lower(*args).compile()
+    compiled = jax.jit(step, donate_argnums=donate).lower(*args).compile(compiler_options=AS_USERS)
     analysis = compiled.cost_analysis()
     return analysis["flops"], compiled.memory_analysis().temp_size_in_bytes
 

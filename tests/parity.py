@@ -66,15 +66,15 @@ def make_transformation(kind, losses_fn, utilities, axis_name=None):
     """The surgery where it stands alone, else None, and all of the optimiser."""
     initial = jnp.asarray(1.0) if utilities == 1 else jnp.ones(utilities)
     # Log space: a mean of logarithms over the devices would not be the logarithm of the mean.
-    settings = {"tolerance": -0.01, "initial_multiplier": initial, "log_losses": True}
-    settings |= {"dual_optimizer": optax.sgd(3.0)}
+    measure = "lagged" if kind == "implicit" else kind
     inner = optax.sgd(0.05, momentum=0.9)
-    if kind == "implicit":
-        surgery = eu.implicit_surgery(**settings)
-        return surgery, optax.chain(surgery, inner)
     if kind == "explicit":
-        return None, optax.chain(eu.explicit_surgery(tolerance=-0.01), inner)
-    return None, eu.eupmu(losses_fn, inner, measure=kind, axis_name=axis_name, **settings)
+        return None, optax.chain(eu.explicit_surgery(eu.Tolerance(-0.01)), inner)
+    tolerance = eu.Tolerance(-0.01, measure=measure, dual_optimizer=optax.sgd(3.0), log_losses=True)
+    if kind == "implicit":
+        surgery = eu.implicit_surgery(tolerance, initial_multiplier=initial)
+        return surgery, optax.chain(surgery, inner)
+    return None, eu.eupmu(losses_fn, inner, tolerance, initial_multiplier=initial, axis_name=axis_name)
 
 
 def make_step(kind, losses_fn, utilities, axis_name):
@@ -196,7 +196,8 @@ def on_two_processes() -> dict[tuple[str, str, int], list[np.ndarray]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    settings = {"JAX_ENABLE_X64": "1", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    settings = {"JAX_ENABLE_X64": "1", "XLA_FLAGS": flags}
     with tempfile.NamedTemporaryFile(suffix=".npz") as file:
         started = [
             subprocess.Popen(

@@ -13,6 +13,7 @@ from eupmu_jax.flax import TrainState
 
 X = jax.random.normal(jax.random.key(0), (64, 8))
 Y = (X[:, 0] > 0).astype(jnp.int32)
+LOOKAHEAD = eu.Tolerance(0.0, measure="lookahead")
 BATCH = {"forget": (X[:16], 1 - Y[:16]), "retain": (X[16:], Y[16:])}
 
 
@@ -40,7 +41,7 @@ def retain_accuracy(logits):
 def test_linen_with_batch_norm_and_dropout_in_pieces():
     model = Linen()
     variables = model.init(jax.random.key(1), X, train=False)
-    surgery = eu.implicit_surgery(tolerance=-0.01)
+    surgery = eu.implicit_surgery(eu.Tolerance(-0.01))
     state = LinenState.create(
         apply_fn=model.apply,
         params=variables["params"],
@@ -98,7 +99,7 @@ def test_linen_with_dropout_through_eupmu_and_train_state():
         keys = jax.random.split(batch["key"])
         return eu.Losses(loss(batch["forget"], keys[0]), loss(batch["retain"], keys[1]))
 
-    tx = eu.eupmu(losses_fn, optax.adam(1e-2))
+    tx = eu.eupmu(losses_fn, optax.adam(1e-2), LOOKAHEAD)
     state = TrainState.create(apply_fn=model.apply, params=variables["params"], tx=tx)
     step = jax.jit(lambda state, batch: state.apply_gradients(extra_args={"batch": batch}))
     first = losses_fn(state.params, BATCH | {"key": jax.random.key(0)})
@@ -139,7 +140,7 @@ def nnx_losses(model, batch):
 
 def test_nnx_with_batch_norm_and_dropout_in_pieces():
     model = NNX(nnx.Rngs(0))
-    surgery = eu.implicit_surgery(tolerance=-0.01)
+    surgery = eu.implicit_surgery(eu.Tolerance(-0.01))
     optimizer = nnx.Optimizer(model, optax.chain(surgery, optax.adam(1e-2)), wrt=nnx.Param)
 
     @nnx.jit
@@ -174,7 +175,7 @@ def test_nnx_through_eupmu():
     model.eval()
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     losses_fn = lambda params, batch: nnx_losses(nnx.merge(graphdef, params, rest), batch)
-    tx = eu.eupmu(losses_fn, optax.adam(1e-2))
+    tx = eu.eupmu(losses_fn, optax.adam(1e-2), LOOKAHEAD)
     state = tx.init(params)
 
     @jax.jit
@@ -201,25 +202,26 @@ def test_lora_filter_on_nnx_moves_the_adapters_only(through):
             return self.out(nnx.relu(self.hidden(x)))
 
     model = Adapted(nnx.Rngs(0))
-    surgery = eu.implicit_surgery()
-    graphdef, adapters, frozen = nnx.split(model, nnx.LoRAParam, ...)
+    surgery = eu.implicit_surgery(eu.Tolerance(0.0))
+    graphdef, _, frozen = nnx.split(model, nnx.LoRAParam, ...)
     losses_fn = lambda adapters, batch: nnx_losses(nnx.merge(graphdef, adapters, frozen), batch)
-    tx = (
-        eu.eupmu(losses_fn, optax.adam(1e-2))
-        if through == "eupmu"
-        else optax.chain(surgery, optax.adam(1e-2))
-    )
+    adam = optax.adam(1e-2)
+    tx = eu.eupmu(losses_fn, adam, LOOKAHEAD) if through == "eupmu" else optax.chain(surgery, adam)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
     first = nnx_losses(model, BATCH)
     weights = jnp.array(model.hidden.kernel[...])
-    for _ in range(30):
-        adapters = nnx.state(model, nnx.LoRAParam)
+
+    @nnx.jit
+    def step(model, optimizer):
         if through == "eupmu":
             optimizer.update(model, None, batch=BATCH)
         else:
-            state = nnx.as_pure(optimizer.opt_state)
+            adapters, state = nnx.state(model, nnx.LoRAParam), nnx.as_pure(optimizer.opt_state)
             losses, grads = surgery.value_and_grad(losses_fn)(adapters, BATCH, state)
             optimizer.update(model, grads, losses=losses)
+
+    for _ in range(30):
+        step(model, optimizer)
     last = nnx_losses(model, BATCH)
     np.testing.assert_array_equal(model.hidden.kernel[...], weights)
     assert float(last.forget + last.retain) < float(first.forget + first.retain)

@@ -19,7 +19,7 @@ BUDGET_OF_CLASSES = 0.2
 class Config:
     """Run EUPMU under a budget over tasks, optimisers, learning rates, schedules and batch sizes.
 
-    Every run is told how many nats the retain loss may rise; the report says what it spent. Other
+    Every run has a budget, how many nats the retain loss may rise; the report says what it spent. Other
     controllers, constant weights, exact surgery, one budget for each class and convergence on convex
     problems are measured beside it. Writes tables.md, runs.csv, pictures and report.html to a new
     folder under --runs-dir; about 50 min on two cores, --smoke (digits, a few cells) 1 min.

@@ -5,9 +5,9 @@ import pathlib
 import numpy as np
 import pandas as pd
 
-from experiments.budget.controllers import CONTROLLERS, EUPMU
+from experiments.budget.controllers import CONTROLLERS, EUPMU, RELEASED
 from experiments.budget.study import Cell, Scale, efficiency_cells, weight_names
-from experiments.budget.utilities import ORIGINAL, VARIANTS
+from experiments.budget.utilities import ORIGINAL, VARIANTS, before_unlearning
 from experiments.shared.records import RecordsByKey, of_kind
 from experiments.shared.report import Frame, grid, save
 
@@ -84,30 +84,28 @@ def plot_fronts(path: pathlib.Path, runs: Frame, scale: Scale) -> None:
     save(figure, path, legend=2)
 
 
-def plot_before_and_after(
-    path: pathlib.Path, records: RecordsByKey, names: tuple[str, str], scale: Scale
-) -> None:
-    """Retain loss and multiplier along a run with Muon, and with warm restarts, under both controllers."""
+def plot_before_and_after(path: pathlib.Path, records: RecordsByKey, scale: Scale) -> None:
+    """Retain loss and multiplier with Muon, and with warm restarts, without a budget and with one."""
     runs = {tuple(record["key"][1:]): record for record in of_kind(records, "run")}
     shown = {}
     for (name, *fields), record in runs.items():
         cell = Cell(*fields)
-        if name in names and cell.task in scale.tasks[:2]:
+        if name in (RELEASED, EUPMU) and cell.task in scale.tasks[:2]:
             what = "Muon" if cell.inner == "Muon" and cell.schedule == "constant" else None
             if cell.inner == "momentum" and cell.schedule == "warm restarts" and cell.rate == 0.01:
                 what = "warm restarts"
-            if what and ((names[0], *cell) in runs) and ((names[1], *cell) in runs):
+            if what and (RELEASED, *cell) in runs and (EUPMU, *cell) in runs:
                 shown.setdefault((what, cell.task), {})[name] = (cell, record)
     keys = sorted(shown, key=lambda key: key[0])
     figure, axes = grid(2 * len(keys), len(keys), 4.2, 2.7)
-    for column, key in enumerate(keys):
-        for name, (cell, record) in shown[key].items():
+    for column, (what, task) in enumerate(keys):
+        for name, (cell, record) in shown[what, task].items():
             steps = np.linspace(0, 100, len(record["rises"]))
             upper, lower = axes[column], axes[len(keys) + column]
             upper.plot(steps, record["rises"], label=name)
             lower.plot(steps, record["multipliers"], label=name)
             upper.axhline(cell.budget, color="black", linewidth=0.8, linestyle="--")
-            upper.set(title=f"{key[0]}: {key[1]}, rate {cell.rate:g}", ylabel="rise of the retain loss")
+            upper.set(title=f"{what}: {task}, rate {cell.rate:g}", ylabel="rise of the retain loss")
             lower.set(yscale="log", xlabel="% of the run", ylabel="multiplier")
         top = 4 * scale.budgets[len(scale.budgets) // 2]
         axes[column].set_ylim(-0.15, top)
@@ -119,8 +117,9 @@ def plot_before_and_after(
 def plot_utilities(path: pathlib.Path, records: RecordsByKey, budget: float) -> None:
     """For each class: the rise of its training and test loss, and its change of test accuracy."""
     found = of_kind(records, "utilities")
-    before = {record["key"][3]: record for record in found if record["key"][1] == ORIGINAL}
-    rates = sorted({record["key"][2] for record in found} - {0.0})
+    before = before_unlearning(found)
+    keyed = {tuple(record["key"][1:]): record for record in found}
+    rates = sorted({rate for name, rate, _ in keyed if name != ORIGINAL})
     panels = [
         ("train loss", "training loss, rise / budget", budget),
         ("test loss", "test loss, rise / budget", budget),
@@ -132,9 +131,9 @@ def plot_utilities(path: pathlib.Path, records: RecordsByKey, budget: float) -> 
             axis = axes[3 * i + j]
             classes: list[int] = []
             for k, name in enumerate(VARIANTS):
-                runs = [record for record in found if tuple(record["key"][1:3]) == (name, rate)]
-                changes = [np.subtract(run[what], before[run["key"][3]][what]) / unit for run in runs]
-                classes = runs[0]["classes"]
+                runs = {seed: keyed[name, rate, seed] for seed in before}
+                changes = [np.subtract(run[what], before[seed][what]) / unit for seed, run in runs.items()]
+                classes = next(iter(runs.values()))["classes"]
                 x = np.arange(len(classes)) + 0.2 * (k - 1.5)
                 axis.bar(x, np.mean(changes, 0), width=0.2, label=name)
             axis.set_xticks(range(len(classes)), map(str, classes))

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.budget import convergence, plots
-from experiments.budget.controllers import CONTROLLERS, EUPMU, RELEASED
+from experiments.budget.controllers import CONTROLLERS, EUPMU
 from experiments.budget.study import (
     FINE_TUNING,
     FORGETTING,
@@ -18,7 +18,7 @@ from experiments.budget.study import (
     grid_cells,
     weight_names,
 )
-from experiments.budget.utilities import ORIGINAL
+from experiments.budget.utilities import ORIGINAL, before_unlearning
 from experiments.shared.records import RecordsByKey, of_kind
 from experiments.shared.report import Frame, Origin, Picture, Section, write_csv
 from experiments.shared.report import write_report as write_sections
@@ -33,16 +33,18 @@ def runs_frame(records: RecordsByKey) -> Frame:
     lines = []
     for (name, *cell), record in runs.items():
         cell = Cell(*cell)
-        rise = record["retain_loss"] - record["before"][1]
+        rise = record["retain_loss"] - record["retain_loss before"]
         line = {"controller": name, **cell._asdict(), "forget_loss": record["forget_loss"], "rise": rise}
         tuned = runs.get((FINE_TUNING, *cell._replace(budget=0.0)))
         if cell.budget and tuned:
-            floor = max(tuned["retain_loss"] - tuned["before"][1], float(np.mean(tuned["rises"][-LAST:])))
+            floor = max(
+                tuned["retain_loss"] - tuned["retain_loss before"], float(np.mean(tuned["rises"][-LAST:]))
+            )
             line |= {"spent": rise / cell.budget, "feasible": bool(floor <= cell.budget)}
             line["flagged"] = record.get("infeasible")
             if only := runs.get((FORGETTING, *cell._replace(budget=0.0))):
                 # Not <=: a run that diverged has no finite loss.
-                line["spendable"] = not only["retain_loss"] - only["before"][1] <= cell.budget
+                line["spendable"] = not only["retain_loss"] - only["retain_loss before"] <= cell.budget
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -153,7 +155,7 @@ def detection_table(runs: Frame) -> Frame:
 def utilities_tables(records: RecordsByKey, budget: float) -> Frame:
     """What forgetting one class cost the others, per variant; means over the trained models."""
     found = of_kind(records, "utilities")
-    before = {record["key"][3]: record for record in found if record["key"][1] == ORIGINAL}
+    before = before_unlearning(found)
     lines = []
     for record in found:
         _, name, rate, seed = record["key"]
@@ -198,7 +200,7 @@ def write_report(
     plots.plot_spending(path / "spending.png", grid)
     plots.plot_controllers(path / "controllers.png", runs, comparison_cells(scale))
     plots.plot_fronts(path / "fronts.png", runs, scale)
-    plots.plot_before_and_after(path / "before_and_after.png", records, (RELEASED, EUPMU), scale)
+    plots.plot_before_and_after(path / "before_and_after.png", records, scale)
     plots.plot_utilities(path / "utilities.png", records, budget)
     convergence.plot(path / "convergence.png", curves)
     whole = summary(grid)

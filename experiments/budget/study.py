@@ -239,7 +239,8 @@ def make_runner(
         record = {
             "forget_loss": forget,
             "retain_loss": retain,
-            "before": (forget_before, retain_before),
+            "forget_loss before": forget_before,
+            "retain_loss before": retain_before,
             "rises": (means(seen["retain_loss"]) - retain_before).round(5).tolist(),
         }
         multipliers = np.asarray(seen["multiplier"])

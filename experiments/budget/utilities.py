@@ -1,6 +1,6 @@
 """One budget for all classes against one for each, steered by training or by held-out losses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import eupmu_jax as eu
 from eupmu_jax.evaluation import step_cost
 from experiments.shared.forget_sets import Task
 from experiments.shared.loop import momentum
-from experiments.shared.records import Records
+from experiments.shared.records import Record, Records
 from experiments.shared.testbed import Models, Progress, Testbed
 
 FORGET_BATCH, PER_CLASS = 64, 28
@@ -112,6 +112,12 @@ def make_judge(testbed: Testbed, task: Task):
         return found | {"forget_accuracy": 100 * float(hits.mean()), "classes": kept}
 
     return judge
+
+
+def before_unlearning(records: Iterable[Record]) -> dict[int, Record]:
+    """The records of the models before unlearning, by the seed of their training."""
+    keyed = ((record["key"], record) for record in records)
+    return {seed: record for (_, name, _, seed), record in keyed if name == ORIGINAL}
 
 
 def kept_classes(testbed: Testbed, task: Task) -> list[int]:

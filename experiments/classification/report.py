@@ -5,7 +5,7 @@ import pathlib
 import pandas as pd
 
 from experiments.classification.plots import hypervolume, plot_costs
-from experiments.shared.comparison_report import (
+from experiments.classification.tables import (
     MAIN,
     Results,
     curve_sections,

@@ -11,8 +11,7 @@ import optax
 import pandas as pd
 
 from experiments.shared import command, comparison
-from experiments.shared.comparison import Setting
-from experiments.shared.comparison_report import runs_frame
+from experiments.shared.comparison import Setting, runs_frame
 from experiments.shared.configs import FASHION_MNIST
 from experiments.shared.data.images import FASHION_MNIST_DIR
 from experiments.shared.methods.eupmu import eupmu

@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import dataclasses
+import inspect
+import os
 import pathlib
 import sys
 import time
@@ -53,8 +55,11 @@ def run(
         goes_on = (
             f"go on with {command} --resume {interrupt}" if resumable and interrupt.args else "start again"
         )
-        print(f"\nInterrupted: {goes_on}", file=sys.stderr)
-        sys.exit(130)
+        print(f"\nInterrupted: {goes_on}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # What was interrupted still runs in XLA's threads, and an interpreter that is taken down beside them
+        # crashes now and then. All files are closed by now.
+        os._exit(130)
 
 
 def parse(
@@ -84,7 +89,7 @@ def parse(
 
 def help_text(kind: type, configs: Mapping[str, Any] | None, resumable: bool) -> str:
     """The dataclass's docstring, and the options that are not in it."""
-    lines = [kind.__doc__ or ""]
+    lines = [inspect.getdoc(kind) or ""]
     if resumable:
         lines.append(
             "A run that was interrupted goes on with --resume FOLDER, and takes its settings from there."

@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from eupmu_jax.evaluation.membership import FEATURES
 from experiments.shared.configs import Config
-from experiments.shared.forget_sets import Task
-from experiments.shared.records import Record, Records, open_records
+from experiments.shared.forget_sets import Task, whole_class_of
+from experiments.shared.records import Record, Records, RecordsByKey, of_kind, open_records
 from experiments.shared.relearning import Relearning, make_relearning
-from experiments.shared.report import ORIGINAL, OTHER_SEED, RETRAIN, note_session
+from experiments.shared.report import ORIGINAL, OTHER_SEED, RETRAIN, Frame, note_session
 from experiments.shared.scores import against_retrain, full_scores
 from experiments.shared.testbed import (
     Models,
@@ -140,3 +141,18 @@ def unlearn(comparison: Comparison, name: str, setting: Setting, **more: str) ->
     for seed in config.training_seeds:
         for unlearning_seed in config.unlearning_seeds:
             score(comparison, name, seed, unlearning_seed, lambda s=seed, u=unlearning_seed: make(s, u))
+
+
+def runs_frame(records: RecordsByKey) -> Frame:
+    """One row for each run."""
+    rows = []
+    for record in of_kind(records, "run"):
+        _, task, method, training_seed, unlearning_seed = record["key"]
+        scalars = {name: value for name, value in record.items() if isinstance(value, float | int)}
+        of_classes = record.get("per_class", {})
+        kept = [of_classes[label] for label in of_classes if int(label) != whole_class_of(task)]
+        keys = {"task": task, "method": method}
+        seeds = {"training_seed": training_seed, "unlearning_seed": unlearning_seed}
+        knobs = {f"knob {name}": value for name, value in record.get("knobs", {}).items()}
+        rows.append(keys | seeds | scalars | {"worst class": min(kept, default=np.nan)} | knobs)
+    return pd.DataFrame(rows)

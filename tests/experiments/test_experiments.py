@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 
 from experiments.classification import __main__ as classification
-from experiments.classification import costs, plots, study, tuning
+from experiments.classification import costs, plots, study, tables, tuning
 from experiments.classification import report as study_report
 from experiments.quickstart import __main__ as quickstart
-from experiments.shared import command, comparison_plots, report
+from experiments.shared import command, report
 from experiments.shared.configs import CONFIGS, Config, check
 from experiments.shared.data import images
 from experiments.shared.forget_sets import make_task, memorisation, wrong_labels
@@ -307,7 +307,7 @@ def test_damaged_records_are_named(tmp_path):
 
 def test_front_and_hypervolume_by_hand():
     points = np.array([[10.0, 90.0], [50.0, 60.0], [40.0, 50.0], [90.0, 20.0], [50.0, 10.0]])
-    np.testing.assert_array_equal(comparison_plots.front(points), [[90, 20], [50, 60], [10, 90]])
+    np.testing.assert_array_equal(plots.front(points), [[90, 20], [50, 60], [10, 90]])
     assert plots.hypervolume(points, 100) == pytest.approx((90 * 20 + 50 * 40 + 10 * 30) / 1e4)
     assert plots.hypervolume(points, 60) == pytest.approx((60 * 20 + 50 * 40 + 10 * 30) / 6e3)
     assert plots.hypervolume(np.array([[np.nan, 1.0]]), 100) == 0
@@ -330,6 +330,15 @@ def test_mean_and_std_over_seeds():
     table = report.mean_and_std(frame, {"x": 1})
     assert list(table.index) == ["b", "a", "c"]
     assert list(table["x"]) == ["3.0 ± 1.4", "-", "7.0"]
+
+
+@pytest.mark.parametrize(
+    ("retrain_error", "test_accuracy", "warns"), [(4, 96, True), (4, 90, False), (100, 96, False)]
+)
+def test_a_table_says_where_even_retraining_hardly_forgets(retrain_error, test_accuracy, warns):
+    frame = pd.DataFrame({"method": ["Original", "Retrain"], "UA": [0.0, retrain_error]})
+    frame = frame.assign(RA=99.0, TA=float(test_accuracy))
+    assert ["hardly forgets" in text for text in tables.caveats(frame)] == [True] * warns
 
 
 def test_run_folders_never_collide(tmp_path):
@@ -540,19 +549,43 @@ def test_a_command_that_cannot_work_says_so(arguments, message, tmp_path):
     assert arguments[0] == "--smoke" or not list(tmp_path.iterdir()), "no folder for nothing"
 
 
-def test_quickstart(tmp_path, monkeypatch, capsys):
-    sizes = {"train_size": None, "validation_size": 360, "test_size": None}
-    longer = dataclasses.replace(RECIPE, epochs=15)
-    monkeypatch.setitem(CONFIGS, "digits", dataclasses.replace(TINY, training=longer, **sizes))
-    quickstart.main(quickstart.Config(runs_dir=tmp_path))
+def test_quickstart(tmp_path, capsys):
+    """It says what was promised and what was spent, and the figures in its folder bear it out."""
+    config = quickstart.Config(runs_dir=tmp_path)
+    quickstart.main(config)
     (path,) = tmp_path.iterdir()
     printed = capsys.readouterr().out
-    assert path.name in printed.replace("\n", "")
-    assert "hardly forgets" in printed.replace("\n", " "), "what digits cannot show"
-    assert "seconds" in printed
-    runs = report.read_csv(path / "runs.csv")
-    assert list(runs["method"].unique()) == ["Retrain", "Original", *quickstart.entries(quickstart.Config())]
-    assert "demand" in (path / "runs.csv").read_text().splitlines()[0], "the quickstart's own settings"
-    assert set(runs["task"]) == {"class:3", "random:0.1"}
-    for file in ("report.html", "tables.md", "front.png", "histories.png", "classes.png"):
+    assert str(path / "report.html") in printed
+    found = json.loads((path / "evaluation.json").read_text())
+    before, after = found["before"], found["after"]
+    rise = after["retain"]["cross_entropy"] - before["retain"]["cross_entropy"]
+    assert rise <= config.budget
+    assert f"rose by {rise:.3f}" in printed
+    assert "the promise was kept" in printed
+    assert before["forget"]["accuracy"] > 0.9
+    assert after["forget"]["accuracy"] < 0.1
+    assert found["trained without it"]["forget"]["accuracy"] == 0
+    for file in ("report.html", "curves.png"):
         assert (path / file).stat().st_size > 1000
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    """In one line, with the folder; before there is one it can only be started again."""
+    path = tmp_path / "study-1"
+
+    def main(config, resume=None):
+        with command.working_in(path):
+            raise KeyboardInterrupt
+
+    def early(config, resume=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["study"])
+    monkeypatch.setattr(command.os, "_exit", sys.exit)
+    for function, said in ((main, f"--resume {path}"), (early, "start again")):
+        with pytest.raises(SystemExit) as ended:
+            command.run(function, Config, CONFIGS)
+        assert ended.value.code == 130
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("Interrupted: ")
+        assert line.endswith(said)

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_budget import C32, drive
 
 import eupmu_jax as eu
 from eupmu_jax.method.budget import MEASURING_STEPS, TARGET
+from tests.quadratics import C32, drive
 
 
 def run_exact(tx, losses_fn, x, steps):
@@ -33,12 +33,12 @@ def test_exact_surgery_ends_where_eupmu_does(rate, momentum):
     budgets = jnp.array([0.1, 0.2, 0.15])
     for retain, budget in ((lambda x: jnp.sum(x**2), 0.1), (lambda x: x**2, budgets)):
         losses_fn = lambda x, batch, retain=retain: eu.Losses(jnp.sum((x - C32) ** 2), retain(x))
-        settings = {"budget": budget, "retain_baseline": 0.0}
+        known = eu.Budget(budget, baseline=0.0)
         inner = optax.sgd(rate, momentum=momentum)
-        exact = optax.chain(eu.explicit_surgery(**settings), inner)
+        exact = optax.chain(eu.explicit_surgery(known), inner)
         (x, state), _ = run_exact(exact, losses_fn, jnp.zeros(3), 3000)
         np.testing.assert_allclose(retain(x) / budget, TARGET, rtol=2e-3)
-        tx = eu.eupmu(losses_fn, inner, initial_multiplier=jnp.ones(jnp.shape(budget)), **settings)
+        tx = eu.eupmu(losses_fn, inner, known, initial_multiplier=jnp.ones(jnp.shape(budget)))
         (same, _), _ = drive(tx, retain, jnp.zeros(3), steps=3000)
         np.testing.assert_allclose(x, same, rtol=2e-3, atol=1e-4)
         assert not np.any(eu.surgery_info(state).infeasible)
@@ -46,11 +46,11 @@ def test_exact_surgery_ends_where_eupmu_does(rate, momentum):
 
 def test_exact_surgery_measures_its_baseline_and_skips_bad_steps():
     losses_fn = lambda x, batch: eu.Losses(jnp.sum((x - C32) ** 2), 0.7 + jnp.sum(x**2))
-    tx = eu.explicit_surgery(budget=0.1)
+    tx = eu.explicit_surgery(eu.Budget(0.1))
     (x, state), path = run_exact(optax.chain(tx, optax.sgd(0.01)), losses_fn, jnp.zeros(3), 12)
     assert not np.any(path[: MEASURING_STEPS - 1])
     assert np.all(x != 0)
-    np.testing.assert_allclose(state[0].dual_state.baseline, 0.7, rtol=1e-6)
+    np.testing.assert_allclose(state[0].controller_state.baseline, 0.7, rtol=1e-6)
     losses, forget_grads, retain_grads = eu.forget_and_retain_grads(losses_fn)(x, ())
     bad = losses._replace(retain=jnp.nan * losses.retain)
     updates, skipped = tx.update(forget_grads, state[0], x, retain_grads=retain_grads, losses=bad)
@@ -59,22 +59,23 @@ def test_exact_surgery_measures_its_baseline_and_skips_bad_steps():
     with pytest.raises(TypeError, match="losses="):
         tx.update(forget_grads, state[0], x, retain_grads=retain_grads)
     three = losses._replace(retain=jnp.ones(3))
-    with pytest.raises(ValueError, match="budget must have the shape"):
+    with pytest.raises(ValueError, match="budget total must have the shape"):
         tx.update(forget_grads, state[0], x, retain_grads=retain_grads, losses=three)
 
 
 @pytest.mark.parametrize(
-    ("settings", "match"),
+    ("settings", "named"),
     [
-        ({"budget": 0.0}, "budget must be > 0"),
-        ({"budget": 0.1, "tolerance": 0.1}, "budget cannot be combined with a tolerance"),
-        ({"retain_baseline": 0.1}, "give budget="),
-        ({"budget": 0.1, "retain_baseline": jnp.nan}, "retain_baseline must be finite"),
+        ({"measure": "lookahead"}, "measure"),
+        ({"dual_optimizer": optax.sgd(0.1)}, "dual_optimizer"),
+        ({"log_losses": True}, "log_losses"),
+        ({"normalize_weights": False}, "normalize_weights"),
+        ({"measure": "directional", "log_losses": True}, "measure, log_losses"),
     ],
 )
-def test_exact_surgery_refuses_what_eupmu_refuses(settings, match):
-    with pytest.raises(ValueError, match=match):
-        eu.explicit_surgery(**settings)
+def test_exact_surgery_refuses_more_of_a_tolerance_than_eps(settings, named):
+    with pytest.raises(ValueError, match=f"no use for {named}: give Tolerance"):
+        eu.explicit_surgery(eu.Tolerance(0.1, **settings))
 
 
 def test_the_projection_is_batched():
@@ -84,7 +85,8 @@ def test_the_projection_is_batched():
     slack = jnp.asarray(0.1 * rng.normal(size=(16, 4)), jnp.float32)
     inputs = (jnp.asarray(forget, jnp.float32), jnp.asarray(retain, jnp.float32), slack)
     directions, multipliers = jax.jit(jax.vmap(eu.unilateral_projection))(*inputs)
+    alone = jax.jit(eu.unilateral_projection)
     for i in range(16):
-        direction, multiplier = eu.unilateral_projection(*(leaf[i] for leaf in inputs))
+        direction, multiplier = alone(*(leaf[i] for leaf in inputs))
         np.testing.assert_allclose(directions[i], direction, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(multipliers[i], multiplier, rtol=1e-4, atol=1e-5)

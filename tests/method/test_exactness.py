@@ -124,11 +124,11 @@ def test_projection_is_homogeneous_and_never_shorter_than_needed(rows, scale, to
 
 def test_what_cannot_be_met_stays_finite_and_does_least_harm():
     g = jnp.array([1.0, 0.0])
-    direction, multiplier = eu.unilateral_projection(g, jnp.zeros(2), tolerance=-1.0)
+    direction, multiplier = project(g, jnp.zeros(2), tolerance=-1.0)
     np.testing.assert_array_equal(direction, g)
     assert float(multiplier) == 0
     both = jnp.stack([g, -g])
-    direction, multiplier = eu.unilateral_projection(jnp.array([0.0, 1.0]), both, tolerance=-1.0)
+    direction, multiplier = project(jnp.array([0.0, 1.0]), both, tolerance=-1.0)
     assert jnp.all(jnp.isfinite(multiplier))
     np.testing.assert_allclose(direction, jnp.array([0.0, 1.0]), atol=0.1)
 
@@ -193,13 +193,14 @@ def test_projection_does_not_hide_what_is_not_finite():
 def test_projection_over_a_tree_and_a_batch_of_problems(x64):
     rng = np.random.default_rng(0)
     g_f, g_r = rng.normal(size=(5, SIZE)), rng.normal(size=(5, 3, SIZE))
-    flat = jax.vmap(eu.unilateral_projection)(jnp.asarray(g_f), jnp.asarray(g_r))
+    batched = jax.jit(jax.vmap(eu.unilateral_projection))
+    flat = batched(jnp.asarray(g_f), jnp.asarray(g_r))
     tree_f = {"a": g_f[:, :2].reshape(5, 1, 2), "b": g_f[:, 2:]}
     tree_r = {"a": g_r[:, :, :2].reshape(5, 3, 1, 2), "b": g_r[:, :, 2:]}
-    tree = jax.vmap(eu.unilateral_projection)(*jax.tree.map(jnp.asarray, (tree_f, tree_r)))
+    tree = batched(*jax.tree.map(jnp.asarray, (tree_f, tree_r)))
     np.testing.assert_allclose(tree[1], flat[1], rtol=1e-12)
     np.testing.assert_allclose(tree[0]["a"].reshape(5, 2), flat[0][:, :2], rtol=1e-12)
-    one = eu.unilateral_projection(jnp.asarray(g_f[2]), jnp.asarray(g_r[2]))
+    one = project(jnp.asarray(g_f[2]), jnp.asarray(g_r[2]))
     np.testing.assert_allclose(flat[0][2], one[0], rtol=1e-9)
 
 
@@ -226,12 +227,13 @@ def run_linear(g_r, tolerance, inner, alpha, measure, steps=4000):
     tx = eu.eupmu(
         losses_fn,
         inner,
-        tolerance=per_step * tolerance,
-        measure=measure,
-        dual_optimizer=optax.sgd(0.1 / (per_step * norm)),
+        eu.Tolerance(
+            per_step * tolerance,
+            measure=measure,
+            dual_optimizer=optax.sgd(0.1 / (per_step * norm)),
+            normalize_weights=False,
+        ),
         initial_multiplier=jnp.zeros(g_r.shape[:-1]),
-        log_losses=False,
-        normalize_weights=False,
     )
 
     def step(carry, _):
@@ -265,7 +267,8 @@ def test_multiplier_reaches_the_closed_form_on_frozen_gradients(measure, momentu
 def test_directional_violation_in_log_space_is_relative(x64):
     g_f, g_r = jnp.asarray(G_F), jnp.asarray(G_R[0])
     losses_fn = lambda x, batch: eu.Losses(g_f @ x + 2.0, g_r @ x + 4.0)
-    tx = eu.eupmu(losses_fn, measure="directional", log_losses=True, normalize_weights=False)
+    tolerance = eu.Tolerance(0.0, measure="directional", log_losses=True, normalize_weights=False)
+    tx = eu.eupmu(losses_fn, None, tolerance)
     x = jnp.zeros(4)
     _, state = tx.update(None, tx.init(x), x, batch=())
     np.testing.assert_allclose(eu.surgery_info(state).violation, -(g_r / 4) @ (g_f / 2 + g_r / 4), rtol=1e-6)
@@ -285,10 +288,13 @@ def test_quadratics_end_stationary_and_within_tolerance(measure, log_losses, x64
     tx = eu.eupmu(
         losses_fn,
         optax.sgd(0.02),
-        measure=measure,
-        dual_optimizer=optax.sgd(0.5 if measure == "directional" else 5.0),
+        eu.Tolerance(
+            0.0,
+            measure=measure,
+            dual_optimizer=optax.sgd(0.5 if measure == "directional" else 5.0),
+            log_losses=log_losses,
+        ),
         initial_multiplier=jnp.asarray(1.0),
-        log_losses=log_losses,
     )
 
     def step(carry, _):
@@ -314,11 +320,8 @@ def test_directional_violation_is_the_slope_of_the_dual_and_ignores_the_learning
         tx = eu.eupmu(
             losses_fn,
             optax.sgd(learning_rate),
-            tolerance=0.25,
-            measure="directional",
+            eu.Tolerance(0.25, measure="directional", normalize_weights=False),
             initial_multiplier=jnp.asarray(0.5),
-            log_losses=False,
-            normalize_weights=False,
         )
         x = jnp.zeros(4)
         _, state = tx.update(None, tx.init(x), x, batch=())
@@ -329,7 +332,8 @@ def test_directional_violation_is_the_slope_of_the_dual_and_ignores_the_learning
 def test_normalised_weights_and_log_space_by_hand(x64):
     """One step of K = 2 in log space: d = (g_f / U + sum lambda_k g_k / R_k) / (1 + sum lambda)."""
     losses_fn = lambda x, batch: eu.Losses(3.0 * x[0] + 2.0, jnp.stack([x[0] + 4.0, 2.0 * x[1] + 8.0]))
-    tx = eu.eupmu(losses_fn, measure="lagged", log_losses=True, initial_multiplier=jnp.asarray([1.0, 2.0]))
+    first = jnp.asarray([1.0, 2.0])
+    tx = eu.eupmu(losses_fn, None, eu.Tolerance(0.0, log_losses=True), initial_multiplier=first)
     x = jnp.zeros(2)
     direction, _ = tx.update(None, tx.init(x), x, batch=())
     np.testing.assert_allclose(direction, [(3 / 2 + 1 / 4) / 4, (2 * 2 / 8) / 4], rtol=1e-12)

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import eupmu_jax as eu
+from tests.costs import AS_USERS
 from tests.parity import (
     AXIS_LAYOUTS,
     FEATURES,
@@ -31,11 +32,20 @@ from tests.parity import (
     problem,
     run,
 )
+from tests.representatives import slow_unless
+
+# All kinds where the layouts differ most, and where the code does: with and without tracked axes, K or none.
+FAST = [
+    *((layout, kind, 3) for layout in ("jit", "jit, FSDP", "shard_map") for kind in KINDS),
+    *((layout, kind, 3) for layout in LAYOUTS for kind in ("lookahead", "explicit")),
+    *((layout, kind, 1) for layout in ("jit", "shard_map") for kind in ("lagged", "explicit")),
+]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("utilities", [1, 3])
+@pytest.mark.parametrize(
+    ("layout", "kind", "utilities"),
+    slow_unless(FAST, [(layout, kind, k) for layout in LAYOUTS for kind in KINDS for k in (1, 3)]),
+)
 def test_same_answer_on_eight_devices(layout, kind, utilities, x64):
     losses_fn, params, batch = problem(utilities)
     step, init = make_step(kind, losses_fn, utilities, axis_of(layout))
@@ -73,8 +83,13 @@ def test_a_mean_is_its_total_by_its_count(kind, x64):
             np.testing.assert_allclose(same, one, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("layout", AXIS_LAYOUTS)
-@pytest.mark.parametrize("kind", ["lookahead", "explicit"])
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    slow_unless(
+        [("shard_map", "explicit"), ("pmap", "lookahead")],
+        [(layout, kind) for layout in AXIS_LAYOUTS for kind in ("lookahead", "explicit")],
+    ),
+)
 def test_plain_means_of_equal_shards(layout, kind, x64):
     losses_fn, params, batch = problem(3, plain=True)
     step, init = make_step(kind, losses_fn, 3, "data")
@@ -83,6 +98,7 @@ def test_plain_means_of_equal_shards(layout, kind, x64):
         np.testing.assert_allclose(eight, one, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_answer(x64):
     ends = on_two_processes()
     for case in PROCESS_CASES:
@@ -90,9 +106,16 @@ def test_two_processes_give_the_same_answer(x64):
             np.testing.assert_allclose(got, one, rtol=1e-12, atol=1e-12, err_msg=str(case))
 
 
-@pytest.mark.parametrize("utilities", [1, 3])
-@pytest.mark.parametrize("kind", ["lookahead", "lagged"])
-@pytest.mark.parametrize("layout", ["training_step", "training_step, FSDP", "training_step, Explicit axes"])
+MESHES = ["training_step", "training_step, FSDP", "training_step, Explicit axes"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "utilities"),
+    slow_unless(
+        [(mesh, kind, k) for mesh in MESHES for kind, k in [("lookahead", 3), ("lagged", 1)]],
+        [(mesh, kind, k) for mesh in MESHES for kind in ("lookahead", "lagged") for k in (1, 3)],
+    ),
+)
 def test_training_step_on_a_mesh(layout, kind, utilities, x64):
     one, end = on_one_device(kind, utilities), end_on(layout, kind, utilities)
     assert ("FSDP" in layout) != end[0]["w"].sharding.is_fully_replicated
@@ -132,7 +155,9 @@ def test_no_more_is_reduced_under_jit_than_by_one_weighted_loss(layout, x64):
 
     def reduced(step, state):
         with jax.set_mesh(mesh):
-            return collective_bytes(jax.jit(step).lower(params, state, batch).compile())
+            return collective_bytes(
+                jax.jit(step).lower(params, state, batch).compile(compiler_options=AS_USERS)
+            )
 
     plain = reduced(linear, inner.init(params))
     assert plain >= 8 * (FEATURES + 1) * WIDTH, "the gradient"
@@ -142,14 +167,22 @@ def test_no_more_is_reduced_under_jit_than_by_one_weighted_loss(layout, x64):
         assert reduced(step, init(params)) <= plain + more, kind
 
 
-@pytest.mark.parametrize("layout", ["shard_map", "shard_map, check_vma=False"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    slow_unless(
+        [
+            *(("shard_map", kind) for kind in ("lookahead", "lagged", "explicit")),
+            ("shard_map, check_vma=False", "lookahead"),
+        ],
+        [(layout, kind) for layout in ("shard_map", "shard_map, check_vma=False") for kind in KINDS],
+    ),
+)
 def test_collectives_of_the_compiled_step(layout, kind, x64):
     """One reduction of the gradient and one of the losses; one more where R is looked at again."""
     losses_fn, params, batch = problem(3)
     step, init = make_step(kind, losses_fn, 3, "data")
-    compiled = on_layout(layout, step).lower(params, init(params), batch).compile().as_text()
-    collectives = COLLECTIVE.findall(compiled)
+    lowered = on_layout(layout, step).lower(params, init(params), batch)
+    collectives = COLLECTIVE.findall(lowered.compile(compiler_options=AS_USERS).as_text())
     assert {name for _, name in collectives} == {"all-reduce"}
     of_gradient = [shape for shape, _ in collectives if f"{FEATURES},{WIDTH}]" in shape]
     assert len(of_gradient) == 1
@@ -161,7 +194,7 @@ def test_losses_that_are_already_averaged_over_the_axis(checked, x64):
     """A losses_fn with its own pmean gives the same gradient, not an N-th of it."""
     losses_fn, params, batch = problem(1)
     averaged = lambda p, b: jax.tree.map(partial(jax.lax.pmean, axis_name="data"), losses_fn(p, b))
-    surgery = eu.implicit_surgery()
+    surgery = eu.implicit_surgery(eu.Tolerance(0.0))
     state = surgery.init(params)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 

@@ -566,7 +566,7 @@ def test_a_few_steps_forget_while_the_reference_holds(name):
         retain = objectives.kl_to_reference(z, z_0, batch["mask"])
         return eu.Losses(*(objectives.masked_mean(values, batch["mask"]) for values in (forget, retain)))
 
-    tx = eu.eupmu(losses_fn, optax.sgd(0.05), tolerance=0.01)
+    tx = eu.eupmu(losses_fn, optax.sgd(0.05), eu.Tolerance(0.01, measure="lookahead"))
     step, params, state = eu.training_step(tx, jax.tree.map(jnp.copy, start))
     losses = []
     for _ in range(10):

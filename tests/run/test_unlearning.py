@@ -507,6 +507,7 @@ np.savez(sys.argv[2], **params, **history.steps, best=history.best_step)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path):
     """Twenty SIGKILLs, at random moments and while a checkpoint is written, change no bit of the end."""
     environment = os.environ | {

@@ -1,21 +1,21 @@
-"""What a comparison of methods with retraining shows: frames of its records, tables, and pictures."""
+"""What a comparison of methods with retraining shows: its tables, and the sections around its pictures."""
 
 import json
 import pathlib
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from eupmu_jax.run.files import write_whole
-from experiments.shared.comparison_plots import (
+from experiments.classification.plots import (
     Looks,
     plot_classes,
     plot_front,
     plot_histories,
     plot_relearning,
 )
-from experiments.shared.forget_sets import kind_of, whole_class_of
+from experiments.shared.comparison import runs_frame
+from experiments.shared.forget_sets import kind_of
 from experiments.shared.records import RecordsByKey, of_kind, read_records
 from experiments.shared.report import (
     ORIGINAL,
@@ -29,7 +29,6 @@ from experiments.shared.report import (
     plain,
     write_csv,
 )
-from experiments.shared.report import write_report as write_sections
 from experiments.shared.testbed import Testbed, describe
 
 MAIN = {"UA": 1, "RA": 1, "TA": 1, "MIA": 1, "gap": 2, "ToW": 3, "over-forgets": 2, "worst class": 1}
@@ -83,32 +82,6 @@ def read_results(path: pathlib.Path, testbed: Testbed) -> Results:
     tasks = runs.groupby("task", sort=False)
     by_task = {task: part[part["method"].isin(list(compared))] for task, part in tasks}
     return Results(records, all_runs, runs, by_task, looks_of(compared), origin)
-
-
-def runs_frame(records: RecordsByKey) -> Frame:
-    """One row for each run."""
-    rows = []
-    for record in of_kind(records, "run"):
-        _, task, method, training_seed, unlearning_seed = record["key"]
-        scalars = {name: value for name, value in record.items() if isinstance(value, float | int)}
-        of_classes = record.get("per_class", {})
-        kept = [of_classes[label] for label in of_classes if int(label) != whole_class_of(task)]
-        keys = {"task": task, "method": method}
-        seeds = {"training_seed": training_seed, "unlearning_seed": unlearning_seed}
-        knobs = {f"knob {name}": value for name, value in record.get("knobs", {}).items()}
-        rows.append(keys | seeds | scalars | {"worst class": min(kept, default=np.nan)} | knobs)
-    return pd.DataFrame(rows)
-
-
-def write_report(title: str, path: pathlib.Path, testbed: Testbed) -> list[Section]:
-    """All files of a finished comparison; returns the sections with the main tables."""
-    results = read_results(path, testbed)
-    tables = task_tables(results, MAIN | {"seconds": 2})
-    no_trials: Frame = pd.DataFrame()
-    sections = [overview(results), *tables, front_section(path, results, no_trials)]
-    sections += [*curve_sections(path, results), *more_tables(results)]
-    write_sections(path, title, sections, results.origin)
-    return tables
 
 
 def overview(results: Results) -> Section:

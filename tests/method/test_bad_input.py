@@ -11,6 +11,9 @@ import eupmu_jax as eu
 
 SGD = optax.sgd(0.1, momentum=0.9)
 X = {"w": jnp.array([1.0, 2.0])}
+TOLERANCE = eu.Tolerance(0.0)
+LOOKAHEAD = eu.Tolerance(0.0, measure="lookahead")
+MEASURES = ("lookahead", "lagged", "directional")
 
 
 def losses_fn(params, batch):
@@ -19,8 +22,8 @@ def losses_fn(params, batch):
     return eu.Losses(batch[0] * square, batch[1] * square)
 
 
-def first_update(losses_fn, params=X, batch=(1.0, 1.0), **settings):
-    tx = eu.eupmu(losses_fn, SGD, **settings)
+def first_update(losses_fn, params=X, batch=(1.0, 1.0), constraint=LOOKAHEAD, **settings):
+    tx = eu.eupmu(losses_fn, SGD, constraint, **settings)
     return tx.update(None, tx.init(params), params, batch=batch)
 
 
@@ -47,80 +50,133 @@ def first_update(losses_fn, params=X, batch=(1.0, 1.0), **settings):
 def test_losses_fn_returns_something_else(losses_fn, error, match):
     with pytest.raises(error, match=match):
         first_update(losses_fn)
-    surgery = eu.implicit_surgery()
+    surgery = eu.implicit_surgery(TOLERANCE)
     with pytest.raises(error, match=match):
         surgery.value_and_grad(losses_fn)(X, (), surgery.init(X))
 
 
 @pytest.mark.parametrize(
-    ("settings", "error", "match"),
+    ("eps", "settings", "error", "match"),
     [
-        ({"measure": "look-ahead"}, ValueError, "lookahead, lagged, directional"),
-        ({"initial_multiplier": -1.0}, ValueError, "initial_multiplier must be finite and >= 0"),
-        ({"initial_multiplier": [1.0, -1.0]}, ValueError, "initial_multiplier"),
-        ({"initial_multiplier": float("nan")}, ValueError, "initial_multiplier"),
-        ({"initial_multiplier": jnp.ones((2, 2))}, ValueError, "initial_multiplier must be a scalar or"),
-        ({"initial_multiplier": None}, TypeError, "initial_multiplier"),
-        ({"initial_multiplier": jnp.ones(0)}, ValueError, "initial_multiplier"),
-        ({"tolerance": jnp.zeros(3)}, ValueError, "tolerance must be a scalar or have the shape"),
-        ({"tolerance": jnp.zeros(3), "initial_multiplier": jnp.ones(2)}, ValueError, "tolerance"),
-        ({"tolerance": float("inf")}, ValueError, "tolerance must be finite"),
-        ({"tolerance": "0.1"}, TypeError, "tolerance"),
-        ({"dual_optimizer": 0.1}, TypeError, "dual_optimizer must be an optax"),
-        ({"inner": 0.1}, TypeError, "inner must be an optax"),
-        ({"inner": optax.MultiSteps(SGD, 2)}, TypeError, "gradient_transformation"),
-        ({"inner": None}, ValueError, "pass inner"),
+        (0.0, {"measure": "look-ahead"}, ValueError, "lagged, lookahead, directional"),
+        (0.0, {"dual_optimizer": 0.1}, TypeError, "dual_optimizer must be an optax"),
+        (0.0, {"dual_optimizer": optax.adam}, TypeError, "dual_optimizer must be an optax"),
+        (float("inf"), {}, ValueError, "tolerance eps must be finite"),
+        ([0.1, float("nan")], {}, ValueError, "tolerance eps must be finite"),
+        (jnp.zeros((2, 2)), {}, ValueError, "tolerance eps must be a number or of shape"),
+        ([], {}, ValueError, "tolerance eps must be a number or of shape"),
+        ("0.1", {}, TypeError, "tolerance eps must be a real number"),
+        (None, {}, TypeError, "tolerance eps must be a real number"),
+        (True, {}, TypeError, "tolerance eps must be a real number"),
+        (1j, {}, TypeError, "tolerance eps must be a real number"),
     ],
 )
-def test_settings(settings, error, match):
+def test_what_is_no_tolerance(eps, settings, error, match):
     with pytest.raises(error, match=match):
-        eu.eupmu(losses_fn, **({"inner": SGD} | settings))
-    if not {"measure", "inner"} & settings.keys():
-        with pytest.raises(error, match=match):
-            eu.implicit_surgery(**settings)
+        eu.Tolerance(eps, **settings)
+
+
+@pytest.mark.parametrize(
+    ("eps", "multiplier", "error", "match"),
+    [
+        (0.0, -1.0, ValueError, "initial_multiplier must be finite and >= 0"),
+        (0.0, [1.0, -1.0], ValueError, "initial_multiplier must be finite and >= 0"),
+        (0.0, float("nan"), ValueError, "initial_multiplier must be finite and >= 0"),
+        (0.0, jnp.ones((2, 2)), ValueError, "initial_multiplier must be a scalar or"),
+        (0.0, None, TypeError, "initial_multiplier must be a real number"),
+        (0.0, jnp.ones(0), ValueError, "initial_multiplier must be a scalar or"),
+        (jnp.zeros(3), 1.0, ValueError, "tolerance eps must be a scalar or have the shape"),
+        (jnp.zeros(3), jnp.ones(2), ValueError, "tolerance eps must be a scalar or have the shape"),
+    ],
+)
+def test_a_multiplier_that_does_not_go_with_the_tolerance(eps, multiplier, error, match):
+    with pytest.raises(error, match=match):
+        eu.eupmu(losses_fn, SGD, eu.Tolerance(eps, measure="lookahead"), initial_multiplier=multiplier)
+    with pytest.raises(error, match=match):
+        eu.implicit_surgery(eu.Tolerance(eps), initial_multiplier=multiplier)
+
+
+@pytest.mark.parametrize(
+    ("inner", "error", "match"),
+    [
+        (0.1, TypeError, "inner must be an optax"),
+        (optax.MultiSteps(SGD, 2), TypeError, "gradient_transformation"),
+        (None, ValueError, "give inner"),
+    ],
+)
+def test_inner(inner, error, match):
+    with pytest.raises(error, match=match):
+        eu.eupmu(losses_fn, inner, LOOKAHEAD)
+
+
+@pytest.mark.parametrize("constraint", [None, 0.1, {"eps": 0.1}, optax.constant_schedule(0.1), eu.Budget])
+def test_a_constraint_is_a_tolerance_or_a_budget(constraint):
+    """A number could be either, so that neither is guessed."""
+    for make in (
+        lambda: eu.eupmu(losses_fn, SGD, constraint),
+        lambda: eu.implicit_surgery(constraint),
+        lambda: eu.explicit_surgery(constraint),
+    ):
+        with pytest.raises(
+            TypeError, match=r"constraint must be eupmu_jax\.Budget\(total\).*Tolerance\(eps\)"
+        ):
+            make()
+
+
+def test_a_constraint_must_be_given():
+    for make in (lambda: eu.eupmu(losses_fn, SGD), eu.implicit_surgery, eu.explicit_surgery):
+        with pytest.raises(TypeError, match="constraint"):
+            make()
+
+
+@pytest.mark.parametrize("measure", ["lookahead", "directional"])
+def test_implicit_surgery_refuses_a_measure_of_the_step(measure):
+    with pytest.raises(ValueError, match=f"does not see the step that is taken, which measure='{measure}'"):
+        eu.implicit_surgery(eu.Tolerance(0.0, measure=measure))
 
 
 def test_losses_fn_is_no_function():
     with pytest.raises(TypeError, match="losses_fn must be a function"):
-        eu.eupmu(jnp.ones(2), SGD)
+        eu.eupmu(jnp.ones(2), SGD, TOLERANCE)
     with pytest.raises(TypeError, match="losses_fn must be a function"):
-        eu.implicit_surgery().value_and_grad(3)
+        eu.implicit_surgery(TOLERANCE).value_and_grad(3)
     with pytest.raises(TypeError, match="losses_fn must be a function"):
         eu.forget_and_retain_grads(None)
 
 
 def test_schedule_of_the_wrong_shape():
-    with pytest.raises(ValueError, match="tolerance"):
-        first_update(losses_fn, tolerance=lambda step: jnp.zeros(2))
+    for measure in MEASURES:
+        tolerance = eu.Tolerance(lambda step: jnp.zeros(2), measure=measure)
+        with pytest.raises(ValueError, match="tolerance eps must be a scalar or have the shape"):
+            first_update(losses_fn, constraint=tolerance)
 
 
 def test_missing_arguments():
-    tx = eu.eupmu(losses_fn, SGD)
+    tx = eu.eupmu(losses_fn, SGD, LOOKAHEAD)
     with pytest.raises(TypeError, match="batch="):
         tx.update(None, tx.init(X), X)
     with pytest.raises(TypeError, match="params"):
         tx.update(None, tx.init(X), batch=(1.0, 1.0))
     with pytest.raises(ValueError, match="updates must be None or a pytree like params"):
         tx.update(jnp.ones(2), tx.init(X), X, batch=(1.0, 1.0))
-    surgery = eu.implicit_surgery()
+    surgery = eu.implicit_surgery(TOLERANCE)
     with pytest.raises(TypeError, match="losses="):
         surgery.update(X, surgery.init(X), X)
     with pytest.raises(TypeError, match=r"losses must be eupmu_jax\.Losses"):
         surgery.update(X, surgery.init(X), X, losses=(1.0, 1.0))
-    exact = eu.explicit_surgery()
+    exact = eu.explicit_surgery(TOLERANCE)
     with pytest.raises(TypeError, match="retain_grads="):
         exact.update(X, exact.init(X), X)
 
 
 def test_number_of_utilities_changes():
     two = lambda p, b: eu.Losses(p["w"].sum(), p["w"])
-    tx = eu.eupmu(
-        lambda p, b: two(p, b) if b else losses_fn(p, (1.0, 1.0)), SGD, initial_multiplier=jnp.ones(2)
-    )
+    changing = lambda p, b: two(p, b) if b else losses_fn(p, (1.0, 1.0))
+    tx = eu.eupmu(changing, SGD, LOOKAHEAD, initial_multiplier=jnp.ones(2))
     _, state = tx.update(None, tx.init(X), X, batch=(1,))
     with pytest.raises(ValueError, match=r"shape \(\).*initial_multiplier has shape \(2,\)"):
         tx.update(None, state, X, batch=())
-    surgery = eu.implicit_surgery(initial_multiplier=jnp.ones(2))
+    surgery = eu.implicit_surgery(TOLERANCE, initial_multiplier=jnp.ones(2))
     with pytest.raises(ValueError, match="initial_multiplier"):
         surgery.update(X, surgery.init(X), X, losses=eu.Losses(1.0, 1.0))
 
@@ -131,8 +187,8 @@ def test_leaves_that_are_not_real_floating_point(leaf):
     for call in (
         lambda: first_update(losses_fn, params),
         lambda: eu.forget_and_retain_grads(losses_fn)(params, (1.0, 1.0)),
-        lambda: eu.implicit_surgery().value_and_grad(losses_fn)(
-            params, (1.0, 1.0), eu.implicit_surgery().init(X)
+        lambda: eu.implicit_surgery(TOLERANCE).value_and_grad(losses_fn)(
+            params, (1.0, 1.0), eu.implicit_surgery(TOLERANCE).init(X)
         ),
         lambda: eu.unilateral_projection(params, params),
     ):
@@ -160,17 +216,13 @@ def test_projection_of_what_does_not_fit(forget, retain, tolerance, error):
         eu.unilateral_projection(forget, retain, tolerance)
 
 
-def test_explicit_surgery_refuses_a_schedule_and_a_bad_tolerance():
+def test_explicit_surgery_refuses_a_schedule():
     with pytest.raises(TypeError, match="inject_hyperparams"):
-        eu.explicit_surgery(tolerance=optax.constant_schedule(0.1))
-    with pytest.raises(ValueError, match="tolerance must be finite"):
-        eu.explicit_surgery(tolerance=float("nan"))
-    with pytest.raises(ValueError, match="tolerance"):
-        eu.explicit_surgery(tolerance=jnp.zeros((2, 2)))
+        eu.explicit_surgery(eu.Tolerance(optax.constant_schedule(0.1)))
 
 
 def test_has_aux_without_aux():
-    surgery = eu.implicit_surgery()
+    surgery = eu.implicit_surgery(TOLERANCE)
     with pytest.raises(TypeError, match=r"\(Losses, aux\)"):
         surgery.value_and_grad(losses_fn, has_aux=True)(X, (1.0, 1.0), surgery.init(X))
 
@@ -189,9 +241,9 @@ BAD_BATCHES = {
 }
 
 
-@pytest.mark.parametrize("measure", ["lookahead", "lagged", "directional"])
+@pytest.mark.parametrize("measure", MEASURES)
 def test_eupmu_skips_a_bad_step_whole(measure):
-    tx = eu.eupmu(losses_fn, SGD, measure=measure, log_losses=True)
+    tx = eu.eupmu(losses_fn, SGD, eu.Tolerance(0.0, measure=measure, log_losses=True))
     update = jax.jit(tx.update)
     params, state = X, tx.init(X)
     for _ in range(2):
@@ -208,12 +260,12 @@ def test_eupmu_skips_a_bad_step_whole(measure):
     assert np.all(updates["w"] != 0)
 
 
-@pytest.mark.parametrize("measure", ["lookahead", "lagged", "directional"])
+@pytest.mark.parametrize("measure", MEASURES)
 def test_a_mean_of_no_examples_skips_the_step(measure):
     def losses_fn(params, count):
         return eu.Losses(jnp.sum(params["w"]), eu.Mean(count * jnp.sum(params["w"] ** 2), count))
 
-    tx = eu.eupmu(losses_fn, SGD, measure=measure)
+    tx = eu.eupmu(losses_fn, SGD, eu.Tolerance(0.0, measure=measure))
     updates, state = jax.jit(tx.update)(None, tx.init(X), X, batch=jnp.array(0))
     chex.assert_trees_all_equal(updates, {"w": jnp.zeros(2)})
     assert int(eu.surgery_info(state).skipped_steps) == 1
@@ -222,19 +274,19 @@ def test_a_mean_of_no_examples_skips_the_step(measure):
     assert np.all(updates["w"] != 0)
 
 
-@pytest.mark.parametrize("measure", ["lookahead", "lagged", "directional"])
+@pytest.mark.parametrize("measure", MEASURES)
 def test_raw_space_needs_finite_losses_only(measure):
-    tx = eu.eupmu(losses_fn, SGD, measure=measure)
+    tx = eu.eupmu(losses_fn, SGD, eu.Tolerance(0.0, measure=measure))
     for name, batch in BAD_BATCHES.items():
         _, state = jax.jit(tx.update)(None, tx.init(X), X, batch=batch)
         bad = "NaN" in name or "inf" in name
         assert int(eu.surgery_info(state).skipped_steps) == bad, name
 
 
-@pytest.mark.parametrize("measure", ["lookahead", "lagged", "directional"])
+@pytest.mark.parametrize("measure", MEASURES)
 def test_non_finite_gradient_of_finite_losses(measure):
     root = lambda params, batch: eu.Losses(1 + jnp.sum(jnp.sqrt(params["w"] * batch)), jnp.float32(1))
-    tx = eu.eupmu(root, SGD, measure=measure)
+    tx = eu.eupmu(root, SGD, eu.Tolerance(0.0, measure=measure))
     updates, state = jax.jit(tx.update)(None, tx.init(X), X, batch=0.0)
     chex.assert_trees_all_equal(updates, optax.tree.zeros_like(X))
     assert int(eu.surgery_info(state).skipped_steps) == 1
@@ -250,7 +302,7 @@ def test_bad_lookahead_alone_rolls_the_whole_step_back(after):
         retain = jnp.where(here, jnp.sum(params["w"] ** 2), after)
         return eu.Losses(jnp.sum(params["w"] ** 2), retain)
 
-    tx = eu.eupmu(trap, SGD, log_losses=True)
+    tx = eu.eupmu(trap, SGD, eu.Tolerance(0.0, measure="lookahead", log_losses=True))
     start = tx.init(X)
     updates, state = jax.jit(tx.update)(None, start, X, batch=())
     chex.assert_trees_all_equal(updates, optax.tree.zeros_like(X))
@@ -260,8 +312,8 @@ def test_bad_lookahead_alone_rolls_the_whole_step_back(after):
 
 
 def test_a_dual_step_that_overflows_is_not_taken():
-    dual = optax.scale(-3e38)
-    tx = eu.eupmu(losses_fn, SGD, tolerance=-1e3, dual_optimizer=dual)
+    tolerance = eu.Tolerance(-1e3, measure="lookahead", dual_optimizer=optax.scale(-3e38))
+    tx = eu.eupmu(losses_fn, SGD, tolerance)
     updates, state = tx.update(None, tx.init(X), X, batch=(1.0, 1.0))
     assert float(eu.multiplier(state)) == 1.0
     assert int(eu.surgery_info(state).skipped_steps) == 1
@@ -272,10 +324,10 @@ def test_a_dual_step_that_overflows_is_not_taken():
 def test_a_huge_finite_loss_does_not_freeze_the_multiplier(through):
     """Squared in Adam's second moment it would be inf, and every later dual step 0."""
     if through == "implicit":
-        tx = eu.implicit_surgery(tolerance=-0.1)
+        tx = eu.implicit_surgery(eu.Tolerance(-0.1))
     else:
         factor = lambda p, b: eu.Losses(jnp.sum(p["w"] ** 2), b[0] + b[1] * p["w"][0])
-        tx = eu.eupmu(factor, SGD, tolerance=-0.1, measure=through)
+        tx = eu.eupmu(factor, SGD, eu.Tolerance(-0.1, measure=through))
     update = jax.jit(tx.update)
     state = tx.init(X)
     for _ in range(4):
@@ -292,14 +344,14 @@ def test_a_huge_finite_loss_does_not_freeze_the_multiplier(through):
 
 
 def test_a_foreign_state():
-    for tx in (eu.eupmu(losses_fn, SGD), eu.implicit_surgery()):
+    for tx in (eu.eupmu(losses_fn, SGD, LOOKAHEAD), eu.implicit_surgery(TOLERANCE)):
         with pytest.raises(TypeError, match="state must come from"):
             tx.update(X, optax.EmptyState(), X, batch=(1.0, 1.0), losses=eu.Losses(1.0, 1.0))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3, 2)])
 def test_updates_of_another_shape(shape):
-    tx = eu.eupmu(losses_fn, SGD)
+    tx = eu.eupmu(losses_fn, SGD, LOOKAHEAD)
     with pytest.raises(ValueError, match="updates must be None or a pytree like params"):
         tx.update({"w": jnp.ones(shape)}, tx.init(X), X, batch=(1.0, 1.0))
 
@@ -310,7 +362,7 @@ def test_axis_name_outside_of_a_mapped_function():
 
 
 def test_implicit_surgery_zeroes_its_output_and_keeps_its_state():
-    surgery = eu.implicit_surgery(log_losses=True)
+    surgery = eu.implicit_surgery(eu.Tolerance(0.0, log_losses=True))
     state = surgery.init(X)
     _, state = surgery.update(X, state, X, losses=eu.Losses(jnp.float32(1), jnp.float32(2)))
     one = jnp.float32(1)
@@ -332,7 +384,7 @@ def test_implicit_surgery_zeroes_its_output_and_keeps_its_state():
 
 
 def test_explicit_surgery_zeroes_a_non_finite_direction():
-    tx = eu.explicit_surgery()
+    tx = eu.explicit_surgery(TOLERANCE)
     bad = {"w": jnp.array([jnp.nan, 1.0])}
     for forget, retain in ((bad, X), (X, bad)):
         updates, _ = jax.jit(tx.update)(forget, tx.init(X), X, retain_grads=retain)
@@ -341,7 +393,7 @@ def test_explicit_surgery_zeroes_a_non_finite_direction():
 
 def test_faults_under_scan_do_not_stop_a_run():
     batches = (jnp.ones(50), jnp.where(jnp.arange(50) % 7 == 3, jnp.nan, 1.0))
-    tx = eu.eupmu(losses_fn, SGD)
+    tx = eu.eupmu(losses_fn, SGD, LOOKAHEAD)
 
     def step(carry, batch):
         params, state = carry
@@ -355,7 +407,7 @@ def test_faults_under_scan_do_not_stop_a_run():
 
 def test_zero_retain_gradient_leaves_the_direction_and_reports_the_violation():
     losses_fn = lambda p, b: eu.Losses(jnp.sum(p["w"]), jnp.float32(1))
-    tx = eu.eupmu(losses_fn, measure="directional", tolerance=-0.5, initial_multiplier=0.0)
+    tx = eu.eupmu(losses_fn, None, eu.Tolerance(-0.5, measure="directional"), initial_multiplier=0.0)
     direction, state = tx.update(None, tx.init(X), X, batch=())
     np.testing.assert_array_equal(direction["w"], jnp.ones(2))
     assert float(eu.surgery_info(state).violation) == 0.5
