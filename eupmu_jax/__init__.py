@@ -15,6 +15,7 @@ from eupmu_jax.method.layouts import training_step
 from eupmu_jax.method.losses import Losses, Mean
 from eupmu_jax.method.projection import unilateral_projection
 from eupmu_jax.method.state import SurgeryInfo, multiplier, surgery_info
+from eupmu_jax.run.promise import Promise, verdict
 from eupmu_jax.run.stopping import exhausted, over_forgetting, reached
 from eupmu_jax.run.tensorboard import tensorboard
 from eupmu_jax.run.unlearn import History, unlearn
@@ -26,6 +27,7 @@ __all__ = [
     "History",
     "Losses",
     "Mean",
+    "Promise",
     "SurgeryInfo",
     "Tolerance",
     "accumulated",
@@ -44,4 +46,5 @@ __all__ = [
     "training_step",
     "unilateral_projection",
     "unlearn",
+    "verdict",
 ]

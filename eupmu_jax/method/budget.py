@@ -196,7 +196,7 @@ def resisted(strained_steps: jax.Array, exponent: jax.Array, is_above: jax.Array
 
 
 def floor_and_pace(state: BudgetState, share: jax.Array, budget: jax.Array) -> tuple[jax.Array, jax.Array]:
-    r"""U*, below which the forget loss is not pushed, and how fast it is let down; -inf as long as it is unknown.
+    r"""U*, below which the forget loss is not pushed, and its pace downwards; -inf as long as it is unknown.
 
     A forget loss that turns negative, as in gradient ascent, has no floor: along R = const it falls for ever
     while the network is blown up, and no multiplier holds that. So it gets one from what was observed: where

@@ -11,6 +11,7 @@ import jax
 from eupmu_jax.method.types import PyTree
 from eupmu_jax.run.files import write_whole
 from eupmu_jax.run.leaves import by_path
+from eupmu_jax.run.promise import Promise
 
 
 class Folder:
@@ -118,6 +119,14 @@ class Folder:
         finally:
             self.manager.close()
             self.lock.close()
+
+    def finish(self, params: PyTree, promise: Promise | None) -> None:
+        """What the run came to: params.safetensors, and promise.json where there was a promise."""
+        self.export(params)
+        if promise is not None:
+            plain = lambda value: value.tolist() if hasattr(value, "tolist") else value
+            text = {name: plain(value) for name, value in promise._asdict().items()}
+            write_whole(self.path / "promise.json", json.dumps(text, indent=2) + "\n")
 
     def export(self, params: PyTree) -> None:
         """The parameters as params.safetensors, by path: for other programs, and nothing in it can run."""

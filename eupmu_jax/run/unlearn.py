@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -19,8 +20,7 @@ from eupmu_jax.method.eupmu import eupmu
 from eupmu_jax.method.layouts import owned, place, training_step
 from eupmu_jax.method.losses import LossesFn, as_means, check_losses_fn
 from eupmu_jax.method.types import Numbers, PyTree
-from eupmu_jax.run.baseline import whole_retain_loss
-from eupmu_jax.run.batches import Draw, RetainSets, Sizes, forget_source, paired, several_source
+from eupmu_jax.run.batches import Draw, RetainSets, Sizes, forget_source, paired, retain_sets, several_source
 from eupmu_jax.run.description import description, with_saved_baseline
 from eupmu_jax.run.folder import Folder, saved_description
 from eupmu_jax.run.leaves import by_path, check_numeric, joined, parted
@@ -28,6 +28,7 @@ from eupmu_jax.run.ledger import Best, Ledger, Run
 from eupmu_jax.run.loop import Hooks, Inputs, Metrics, on_inputs, run_to_the_end
 from eupmu_jax.run.plan import check_functions, check_places, planned
 from eupmu_jax.run.progress import progress_bar
+from eupmu_jax.run.promise import Promise, retained, rise_on_unseen, unseen_sets, verdict, within
 
 P = TypeVar("P")
 
@@ -41,11 +42,14 @@ class History(NamedTuple):
       evaluations: what ``evaluate`` returned, each with its "step": how many steps were done.
       best_step: the number of steps after which the returned parameters were had.
       stopped: why the run ended before its last step, or None.
+      promise: what the budget promised and what was measured, a `Promise`; None for a tolerance, and for
+        retain functions without ``measured_on``.
 
     Example:
       >>> import numpy as np
       >>> import eupmu_jax as eu
-      >>> history = eu.History({"retain_loss": np.array([0.2, 0.3])}, [], best_step=2, stopped=None)
+      >>> steps = {"retain_loss": np.array([0.2, 0.3])}
+      >>> history = eu.History(steps, [], best_step=2, stopped=None, promise=None)
       >>> float(history.steps["retain_loss"][-1])
       0.3
     """
@@ -54,6 +58,7 @@ class History(NamedTuple):
     evaluations: list[Metrics]
     best_step: int
     stopped: str | None
+    promise: Promise | None
 
 
 def unlearn(
@@ -77,6 +82,8 @@ def unlearn(
     callbacks: Sequence[Callable[[P, Metrics], None]] = (),
     folder: str | os.PathLike | None = None,
     mesh: Mesh | None = None,
+    measured_on: PyTree = None,
+    held_out: PyTree = None,
 ) -> tuple[P, History]:
     r"""A model, a forget set and a retain set in; an unlearned model and what happened out.
 
@@ -129,6 +136,10 @@ def unlearn(
         resume, with the same arguments (compared, but for what functions and inner do). None keeps
         nothing on disk.
       mesh: as for `training_step`, of one process.
+      measured_on: rows like those of retain, on which a budget is measured before and after, where retain is
+        a function. Without, nothing is measured then, and the budget starts from the first ten batches.
+      held_out: rows like those of retain that nothing is trained on: the rise of the loss there is measured,
+        too, with a 95% upper confidence bound. The budget is not enforced on them.
 
     Returns:
       (params, history): params like those given, and a `History`. With ``folder`` they are also in its
@@ -167,23 +178,29 @@ def unlearn(
         by_path(params)
     params = jax.tree.map(jnp.asarray, params)
     trained, frozen = parted(params, trainable)
+    checked_on = sets if measured_on is None else retain_sets(measured_on, min(plan.retain_rows))
 
     with contextlib.ExitStack() as stack:
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
         utilities = _utilities(losses_fn, params, batch_at(0), sets)
+        on_mesh = lambda tree: tree if mesh is None else jax.tree.map(partial(place, mesh=mesh), tree)
+        # Placed when it is needed: kept on a mesh during the run it would be a copy more.
+        original = lambda: on_mesh(parted(params, trainable)[0])
+        frozen = on_mesh(frozen)
         constraint = with_saved_baseline(constraint, saved_description(folder))
-        if isinstance(constraint, Budget) and constraint.baseline is None and sets.are_arrays:
-            baseline = whole_retain_loss(losses_fn, params, batch_at(0)["forget"], sets, plan.seed)
-            constraint = dataclasses.replace(constraint, baseline=baseline)
+        measured = None
+        rows = batch_at(0)["forget"]
+        if isinstance(constraint, Budget) and checked_on.are_arrays:
+            measured = retained(losses_fn, frozen, rows, checked_on, plan.seed)
+            if constraint.baseline is None:
+                constraint = dataclasses.replace(constraint, baseline=measured.measure(original()))
         check_multiplier(initial_multiplier, isinstance(constraint, Budget))
         if np.ndim(initial_multiplier) == 0:
             initial_multiplier = jnp.full(utilities, jnp.asarray(initial_multiplier))
         tx = eupmu(on_inputs(losses_fn), inner, constraint, initial_multiplier=initial_multiplier)
 
-        on_mesh = lambda tree: tree if mesh is None else jax.tree.map(partial(place, mesh=mesh), tree)
         step, trained, state = training_step(tx, trained, mesh)
-        frozen = on_mesh(frozen)
         best = Best(jnp.float32(-jnp.inf), jnp.int32(0), owned(trained) if score else None)
         run = Run(trained, state, on_mesh(best))
         kept = None
@@ -200,9 +217,19 @@ def unlearn(
         run_to_the_end(ledger, plan, step, batch_at, inputs, hooks, show)
 
         chosen, best_step = ledger.chosen
+        promise = None
+        if measured is not None and isinstance(constraint, Budget):
+            chosen, promise = within(chosen, measured, constraint)
+            if not promise.holds:
+                chosen = original()
+                warnings.warn(verdict(promise), stacklevel=2)
+            if held_out is not None:
+                unseen = retained(losses_fn, frozen, rows, unseen_sets(held_out, plan), plan.seed)
+                rises = rise_on_unseen(unseen.parts(original()), unseen.parts(chosen))
+                promise = promise._replace(held_out_rise=rises[0], held_out_bound=rises[1])
         if kept is not None:
-            kept.export(whole(chosen) if trainable is None else chosen)
-        return whole(chosen), History(ledger.steps, ledger.evaluations, best_step, ledger.stopped)
+            kept.finish(whole(chosen) if trainable is None else chosen, promise)
+        return whole(chosen), History(ledger.steps, ledger.evaluations, best_step, ledger.stopped, promise)
 
 
 def _utilities(losses_fn: LossesFn, params: PyTree, batch: PyTree, sets: RetainSets) -> tuple[int, ...]:

@@ -1,0 +1,228 @@
+"""What a budget promised and what came of it: measured on the whole retain set, and repaired."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eupmu_jax.method.constraints import Budget
+from eupmu_jax.method.losses import LossesFn, Mean
+from eupmu_jax.method.types import PyTree
+from eupmu_jax.run.batches import RetainSets, check_set, in_order, retain_sets, several_source
+from eupmu_jax.run.leaves import joined
+from eupmu_jax.run.plan import Plan
+from eupmu_jax.run.progress import live_bar
+
+# A repair aims a little below the budget, since the loss is no line; one step nearly always does.
+AIM, MOST_REPAIRS = 0.97, 10
+# Rows of the retain set from which the gradient of a repair is taken.
+REPAIR_ROWS = 1024
+# Batches that a bound on unseen data is made of, where there are as many rows.
+HELD_OUT_BATCHES = 32
+
+
+class Promise(NamedTuple):
+    """What a budget promised and what was measured: on all rows of the retain set, before and after.
+
+    Attributes:
+      baseline: R_0, float32 [] or [K], in the loss's units.
+      budget: delta, likewise.
+      rise: R - R_0 of the returned parameters, likewise; <= budget.
+      share: rise / budget.
+      examples: rows of the retain set, or sets, that this was measured on.
+      repair_steps: how many steps it took to bring the loss back within the budget.
+      holds: whether the unlearned parameters are within their budget. False: the returned ones are those that
+        came in, unchanged, for which nothing is forgotten and nothing lost.
+      held_out_rise: the rise on held-out rows, [] or [K], or None where there are none.
+      held_out_bound: its 95% upper confidence bound, likewise; a budget is not enforced there.
+
+    Example:
+      >>> import numpy as np
+      >>> import eupmu_jax as eu
+      >>> numbers = (np.array(1.2), np.array(0.1), np.array(0.097), np.array(0.97))
+      >>> promise = eu.Promise(*numbers, examples=5400, repair_steps=1, holds=True)
+      >>> eu.verdict(promise)
+      'The retain loss rose by 0.097 of the 0.1 you allowed (measured on 5,400 examples).'
+    """
+
+    baseline: np.ndarray
+    budget: np.ndarray
+    rise: np.ndarray
+    share: np.ndarray
+    examples: int
+    repair_steps: int
+    holds: bool
+    held_out_rise: np.ndarray | None = None
+    held_out_bound: np.ndarray | None = None
+
+
+def verdict(promise: Promise | None) -> str:
+    """What was promised and what was spent, in a sentence.
+
+    Args:
+      promise: of a `History`.
+
+    Returns:
+      The sentence; for None, that nothing was measured and why.
+
+    Example:
+      >>> import eupmu_jax as eu
+      >>> eu.verdict(None)
+      'Nothing was promised: there is no budget, or no retain arrays to measure it on.'
+    """
+    if promise is None:
+        return "Nothing was promised: there is no budget, or no retain arrays to measure it on."
+    of = f"(measured on {promise.examples:,} examples)"
+    if not promise.holds:
+        return (
+            f"The budget could not be kept {of}: the parameters are those that came in, and nothing is "
+            "forgotten. Lower the learning rate, raise the budget, or take a bounded forget loss."
+        )
+    worst = int(np.argmax(promise.share))
+    rise, budget = np.ravel(promise.rise)[worst], np.ravel(promise.budget)[worst]
+    moved = f"rose by {rise:.3g} of the {budget:.3g} you allowed"
+    if rise < 0:
+        moved = f"fell by {-rise:.3g}; you allowed a rise of {budget:.3g}"
+    if np.ndim(promise.share) == 0:
+        return f"The retain loss {moved} {of}."
+    return f"All {len(promise.share)} retain losses kept their budgets; number {worst + 1} {moved} {of}."
+
+
+class Retained(NamedTuple):
+    """The retain losses of one set, or several, as functions of the trained leaves, compiled once.
+
+    Attributes:
+      parts: trained -> (totals, counts) of all batches, float64 [batches] or [batches, K].
+      gradient: (trained, weights like R, step) -> the gradient of <weights, R> on about 1,024 rows.
+      examples: how many rows there are.
+    """
+
+    parts: Callable[[PyTree], tuple[np.ndarray, np.ndarray]]
+    gradient: Callable[[PyTree, np.ndarray, int], PyTree]
+    examples: int
+
+    def measure(self, trained: PyTree) -> np.ndarray:
+        """R of all rows, float32 [] or [K]."""
+        totals, counts = self.parts(trained)
+        return np.asarray(totals.sum(0) / counts.sum(0), np.float32)
+
+
+def retained(
+    losses_fn: LossesFn, frozen: PyTree, forget_batch: PyTree, retain: RetainSets, seed: int
+) -> Retained:
+    """Of all rows in batches, each Mean by its count, anything else by the rows it has.
+
+    With a set for each utility, utility k is the mean over set k.
+    """
+    key, draw = jax.random.key(seed), several_source(retain, seed)
+    lengths = [check_set(data, name, retain.sizes[name]) for name, data in retain.sets.items()]
+    passes = max(-(-length // size) for length, size in zip(lengths, retain.sizes.values(), strict=True))
+    batches = min(passes, -(-REPAIR_ROWS // min(retain.sizes.values())))
+
+    def sum_and_count(trained, frozen, forget_batch, rows, index, amounts):
+        # The same key before and after: noise and dropout are then the same, too.
+        batch = {"forget": forget_batch, "retain": rows, "key": jax.random.fold_in(key, index)}
+        part = losses_fn(joined(trained, frozen), batch).retain
+        if not isinstance(part, Mean):
+            part = Mean(part * amounts, amounts)
+        # Of a set that is through, the batch is there for the shape alone.
+        count = jnp.where(amounts > 0, part.count, 0)
+        return jnp.where(amounts > 0, part.total, 0).astype(jnp.float32), count.astype(jnp.float32)
+
+    def weighted(trained, frozen, forget_batch, rows, index, weights):
+        ones = jnp.ones_like(weights)
+        total, count = sum_and_count(trained, frozen, forget_batch, rows, index, ones)
+        return jnp.sum(weights * total / count)
+
+    compiled, slope = jax.jit(sum_and_count), jax.jit(jax.grad(weighted))
+
+    def parts(trained: PyTree) -> tuple[np.ndarray, np.ndarray]:
+        found = []
+        with live_bar(passes) as show:
+            for index, (rows, amounts) in enumerate(in_order(retain)):
+                amounts = amounts.astype(np.float32) if len(amounts) > 1 else np.float32(amounts[0])
+                found.append(jax.device_get(compiled(trained, frozen, forget_batch, rows, index, amounts)))
+                show(index + 1, "measuring the retain loss")
+        totals, counts = (np.stack(part).astype(np.float64) for part in zip(*found, strict=True))
+        return totals, counts + np.zeros_like(totals)
+
+    def gradient(trained: PyTree, weights: np.ndarray, step: int) -> PyTree:
+        mean = None
+        for index in range(step * batches, (step + 1) * batches):
+            part = slope(trained, frozen, forget_batch, draw(index), index, weights)
+            mean = _shared(part, batches) if mean is None else _added(mean, part, batches)
+        return mean
+
+    return Retained(parts, gradient, sum(lengths))
+
+
+@partial(jax.jit, static_argnums=1)
+def _shared(part: PyTree, batches: int) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf / batches, part)
+
+
+@partial(jax.jit, static_argnums=2)
+def _added(mean: PyTree, part: PyTree, batches: int) -> PyTree:
+    return jax.tree.map(lambda a, b: a + b / batches, mean, part)
+
+
+def within(trained: PyTree, of: Retained, constraint: Budget) -> tuple[PyTree, Promise]:
+    r"""The parameters brought back within their budget, and what was measured; as far as that goes.
+
+    Where a utility is over its budget, Polyak's step along the excesses over 97%, in shares s_k of the
+    budgets,
+
+    .. math:: E = \sum_k (s_k - 0.97)_+, \qquad \theta \leftarrow \theta - \frac{E}{|\nabla E|^2} \nabla E
+
+    which would end there if the loss were a line; then everything is measured again.
+    """
+    baseline, total = np.asarray(constraint.baseline, np.float32), np.asarray(constraint.total, np.float32)
+    for steps in range(MOST_REPAIRS + 1):
+        rise = of.measure(trained) - baseline
+        share = rise / total
+        if np.all(share <= 1):
+            return trained, Promise(baseline, total + 0 * rise, rise, share, of.examples, steps, True)
+        if steps == MOST_REPAIRS or not np.all(np.isfinite(share)):
+            break
+        excess = np.sum(np.maximum(share - AIM, 0))
+        slope = of.gradient(trained, (np.asarray(share > AIM) / total).astype(np.float32), steps)
+        trained = _polyak(trained, slope, jnp.float32(excess))
+    nothing = np.zeros_like(baseline + total)
+    return trained, Promise(baseline, total + nothing, nothing, nothing, of.examples, steps, False)
+
+
+@jax.jit
+def _polyak(trained: PyTree, slope: PyTree, excess: jax.Array) -> PyTree:
+    square = sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in jax.tree.leaves(slope))
+    length = jnp.where(square > 0, excess / jnp.where(square > 0, square, 1), 0)
+    return jax.tree.map(lambda leaf, g: leaf - (length * g).astype(leaf.dtype), trained, slope)
+
+
+def rise_on_unseen(before: tuple[np.ndarray, np.ndarray], after: tuple[np.ndarray, np.ndarray]):
+    """The mean rise, [] or [K], of losses in batches, and its 95% upper confidence bound by Student's t.
+
+    The bound takes the batches for independent draws; it is infinite where there is one alone.
+    """
+    from scipy.stats import t
+
+    rises, bounds = [], []
+    columns = (np.reshape(part, (len(part), -1)).T for part in (*before, *after))
+    for total, count, total_after, count_after in zip(*columns, strict=True):
+        counted = (count > 0) & (count_after > 0)
+        changes = total_after[counted] / count_after[counted] - total[counted] / count[counted]
+        rise = total_after.sum() / count_after.sum() - total.sum() / count.sum()
+        spread = changes.std(ddof=1) / len(changes) ** 0.5 if len(changes) > 1 else np.inf
+        rises.append(rise)
+        bounds.append(rise + t.ppf(0.95, max(len(changes) - 1, 1)) * spread)
+    shape = before[0].shape[1:]
+    return np.reshape(rises, shape).astype(np.float32), np.reshape(bounds, shape).astype(np.float32)
+
+
+def unseen_sets(held_out: PyTree, plan: Plan) -> RetainSets:
+    """Held-out rows in batches small enough for a bound to be made of many."""
+    lengths = [np.shape(leaf)[0] for leaf in jax.tree.leaves(held_out) if np.ndim(leaf)]
+    size = max(1, min([*plan.retain_rows, *(length // HELD_OUT_BATCHES for length in lengths)]))
+    return retain_sets(held_out, size)
