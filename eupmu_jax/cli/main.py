@@ -2,6 +2,9 @@
 
 import sys
 
+# The exit status of a run whose budget could be kept by returning the original model only.
+BROKEN_PROMISE = 3
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; ends the process with 1 and one line on stderr where it cannot be done."""
@@ -17,7 +20,8 @@ def main(arguments: list[str] | None = None) -> None:
         given = with_settings(sys.argv[1:] if arguments is None else arguments)
         config = tyro.cli(Command, prog="eupmu", args=given, description=__doc__)  # pyright: ignore[reportCallIssue,reportArgumentType]
         if isinstance(config, Unlearn):
-            run_unlearn(config)
+            if not run_unlearn(config):
+                sys.exit(BROKEN_PROMISE)
         elif isinstance(config, Evaluate):
             run_evaluate(config)
         else:

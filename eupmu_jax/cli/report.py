@@ -9,6 +9,7 @@ import numpy as np
 
 from eupmu_jax.cli import page
 from eupmu_jax.run.files import write_whole
+from eupmu_jax.run.promise import Promise, verdict
 
 
 def write(folder: str | os.PathLike) -> pathlib.Path:
@@ -16,7 +17,10 @@ def write(folder: str | os.PathLike) -> pathlib.Path:
     folder = pathlib.Path(folder)
     run, steps, evaluations = read(folder)
     draw(folder / "curves.png", run["constraint"], steps, evaluations)
-    parts = [page.paragraph(sentence(run, steps, evaluations)), page.picture(folder / "curves.png")]
+    parts = [page.paragraph(sentence(run, steps, evaluations))]
+    if promise := read_promise(folder):
+        parts.append(page.paragraph(verdict(promise)))
+    parts.append(page.picture(folder / "curves.png"))
     if (path := folder / "evaluation.json").exists():
         for name, sets in json.loads(path.read_text()).items():
             parts += [page.heading(name), page.table(sets.items())]
@@ -100,6 +104,19 @@ def draw(
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def read_promise(folder: pathlib.Path) -> Promise | None:
+    """promise.json of a finished run; None where there is none."""
+    path = folder / "promise.json"
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        arrays = {name: np.asarray(v) if isinstance(v, float | list) else v for name, v in values.items()}
+        return Promise(**arrays)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not the promise of a run: {error}") from error
 
 
 def sentence(run: dict[str, Any], steps: dict[str, np.ndarray], evaluations: list[dict[str, Any]]) -> str:

@@ -15,6 +15,7 @@ from eupmu_jax.cli.evaluate import add_to_evaluation, evaluated, load_set
 from eupmu_jax.cli.exported import FUNCTION, load_model, logits_in_batches
 from eupmu_jax.cli.objective import BETA, forget_values, log_probability, masked_mean
 from eupmu_jax.method.losses import Losses
+from eupmu_jax.run.promise import verdict
 from eupmu_jax.run.stopping import reached
 from eupmu_jax.run.unlearn import unlearn
 
@@ -28,8 +29,8 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
 }
 
 
-def run_unlearn(config: Unlearn) -> None:
-    """Unlearns, prints before and after, and writes the report and the model."""
+def run_unlearn(config: Unlearn) -> bool:
+    """Unlearns, prints before and after, writes report and model; returns whether the budget was kept."""
     config = resolved(config)
     constraint = constraint_of(config)
     apply, params = load_model(config.model)
@@ -90,4 +91,7 @@ def run_unlearn(config: Unlearn) -> None:
             f"the model of this run is broken, its logits are not finite: give a lower --learning-rate and a "
             f"new --folder; {page} shows where it happened"
         )
+    if history.promise is not None:
+        print(verdict(history.promise))
     print(f"Look at {page}")
+    return history.promise is None or history.promise.holds

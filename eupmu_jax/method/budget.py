@@ -21,7 +21,7 @@ FORESIGHT_POWER, LEAST_LEFT = 0.5, 0.01
 NOISE = 0.25
 NOISE_MEMORY = 20
 # What is aimed at, and what is no longer told apart from "far above" it, in shares of the budget.
-TARGET, FAR_ABOVE, OUTLIER = 0.95, 4.0, 20.0
+TARGET, FAR_ABOVE, OUTLIER = 1.0, 4.0, 20.0
 # Of the exponent: beyond these the weights hardly change, and coming back would take the longer.
 LOWEST, HIGHEST = -5.0, 8.0
 MEASURING_STEPS = 10
@@ -95,7 +95,7 @@ def control(
 
     .. math::
       e_t &= 0.8\, e_{t-1} + 0.2\, R_t, \qquad e_{-1} = R_0 \\
-      v_t &= (e_t - R_0) / \delta - 0.95 \\
+      v_t &= (e_t - R_0) / \delta - 1 \\
       g_t &= \min(1, 0.25\, \delta / \sigma_t) \\
       I_t &= I_{t-1} + 0.1\, g_t v_t \\
       x_t &= g_t (3 v_t + 10 (e_t - e_{t-1}) / \delta) + I_t

@@ -24,6 +24,11 @@ Metrics = dict[str, Any]
 CHUNK_SECONDS, CHUNK_STEPS, CHUNK_BYTES = 2.0, 100, 2**26
 # So many skipped steps in a row and the losses are broken rather than unlucky.
 SKIPPED_IN_A_ROW = 50
+NEGATIVE = (
+    "the forget loss is negative, so that it has no floor: a budget gives it one, a tolerance does not. "
+    "Bounded losses are safer: unlikelihood, kl_to_uniform, npo, or cross_entropy to wrong_labels, of "
+    "eupmu_jax.objectives"
+)
 
 
 class Inputs(NamedTuple):
@@ -82,6 +87,8 @@ def run_to_the_end(
             length = max(1, min(int(CHUNK_SECONDS / seconds), longest))
         is_compiled = True
         show(ledger.done, ledger.seen)
+        if start == 0 and ledger.done and ledger.seen["forget_loss"][0] < 0:
+            warnings.warn(NEGATIVE, stacklevel=3)
         why = None
         # Looked at where it is the same on a fast and on a slow machine.
         if is_pause() or ledger.done % CHUNK_STEPS == 0:

@@ -147,7 +147,9 @@ def retained(
                 found.append(jax.device_get(compiled(trained, frozen, forget_batch, rows, index, amounts)))
                 show(index + 1, "measuring the retain loss")
         totals, counts = (np.stack(part).astype(np.float64) for part in zip(*found, strict=True))
-        return totals, counts + np.zeros_like(totals)
+        return totals, np.broadcast_to(
+            counts.reshape(passes, -1), totals.shape
+        ) if totals.ndim > 1 else counts
 
     def gradient(trained: PyTree, weights: np.ndarray, step: int) -> PyTree:
         mean = None

@@ -1,0 +1,230 @@
+"""The promise: what comes back is within its budget, measured on the whole retain set, or is what came in."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+import eupmu_jax as eu
+from eupmu_jax.run.promise import rise_on_unseen, within
+
+RNG = np.random.default_rng(0)
+FORGET = RNG.normal(1.0, 0.3, (40, 3)).astype(np.float32)
+RETAIN = RNG.normal(0.0, 0.3, (130, 3)).astype(np.float32)
+PARAMS = {"w": jnp.zeros(3), "b": jnp.zeros(())}
+
+
+def losses_fn(params, batch):
+    loss = lambda rows: jnp.mean((rows - params["w"] - params["b"]) ** 2)
+    return eu.Losses(loss(batch["forget"]), loss(batch["retain"]))
+
+
+def two_losses(params, batch):
+    forget, retain = losses_fn(params, batch)
+    return eu.Losses(forget, jnp.stack([retain, 3 * jnp.mean((batch["retain"] - params["b"]) ** 2)]))
+
+
+def whole_rise(params, fn=losses_fn, rows=RETAIN):
+    batch = {"forget": FORGET, "retain": rows}
+    return np.asarray(fn(params, batch).retain - fn(PARAMS, batch).retain)
+
+
+def run(fn=losses_fn, retain=RETAIN, constraint=None, inner=None, **settings):
+    inner = inner or optax.sgd(0.05)
+    settings = {"steps": 40, "batch_size": 16} | settings
+    return eu.unlearn(fn, PARAMS, FORGET, retain, inner, constraint or eu.Budget(0.1), **settings)
+
+
+@pytest.mark.parametrize(
+    "inner", [optax.sgd(0.05), optax.sgd(0.5), optax.adam(0.1)], ids=["low", "high", "adam"]
+)
+def test_what_comes_back_is_within_its_budget(inner):
+    params, history = run(inner=inner)
+    promise = history.promise
+    assert promise.holds
+    assert whole_rise(params) <= 0.1
+    np.testing.assert_allclose(promise.rise, whole_rise(params), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(promise.share, promise.rise / 0.1)
+    assert promise.examples == 130
+    assert promise.budget == np.float32(0.1)
+
+
+@pytest.mark.parametrize("fn", [losses_fn, two_losses])
+def test_steps_that_went_too_far_are_taken_back(fn):
+    """A baseline that is too high lets the controller spend far more than there is."""
+    before = np.asarray(fn(PARAMS, {"forget": FORGET, "retain": RETAIN}).retain)
+    params = {"w": jnp.full(3, 0.8), "b": jnp.zeros(())}
+    budget = eu.Budget(np.full(before.shape, 0.1), baseline=before)
+    of = measured_on(fn)
+    got, promise = within(params, of, budget)
+    assert promise.repair_steps >= 1
+    assert promise.holds
+    assert np.all(whole_rise(got, fn) <= 0.1)
+    assert np.max(promise.share) > 0.8, "it takes back what is over, and no more"
+
+
+def measured_on(fn, frozen=None):
+    from eupmu_jax.run.batches import retain_sets
+    from eupmu_jax.run.promise import retained
+
+    frozen = {"w": None, "b": None} if frozen is None else frozen
+    return retained(fn, frozen, FORGET[:16], retain_sets(RETAIN, 16), seed=0)
+
+
+def test_one_step_is_enough_where_the_loss_is_a_line():
+    fn = lambda params, batch: eu.Losses(jnp.sum(params["w"]), jnp.mean(batch["retain"]) * 0 + params["b"])
+    params = {"w": jnp.zeros(3), "b": jnp.array(0.5)}
+    got, promise = within(params, measured_on(fn), eu.Budget(0.1, baseline=0.0))
+    assert promise.repair_steps == 1
+    np.testing.assert_allclose(got["b"], 0.097, rtol=1e-5)
+
+
+def unrepairable(params, batch):
+    """A retain loss that rises with every step and has no gradient."""
+    risen = jax.lax.stop_gradient(jnp.sum(params["w"]))
+    return eu.Losses(losses_fn(params, batch).forget, jnp.mean(batch["retain"] ** 2) + risen)
+
+
+@pytest.mark.parametrize("score", [None, lambda metrics: metrics["step"]], ids=["last", "best"])
+def test_where_it_cannot_be_kept_what_came_in_comes_back(score):
+    with pytest.warns(UserWarning, match="could not be kept .* nothing is forgotten"):
+        params, history = run(unrepairable, score=score)
+    for a, b in zip(*map(jax.tree.leaves, (params, PARAMS)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not history.promise.holds
+    assert history.promise.rise == 0
+    assert history.promise.repair_steps == 10
+    assert "nothing is forgotten" in eu.verdict(history.promise)
+
+
+def test_a_model_that_is_broken_is_not_repaired_but_returned_as_it_was():
+    blown_up = optax.sgd(1e30)
+    with pytest.warns(UserWarning, match="could not be kept"):
+        params, history = run(inner=blown_up, steps=3)
+    assert np.all(np.isfinite(params["w"]))
+    assert history.promise.repair_steps == 0
+
+
+def test_the_best_and_an_early_end_are_measured():
+    params, history = run(score=lambda metrics: -metrics["step"], every=10)
+    assert history.best_step == 10
+    np.testing.assert_allclose(history.promise.rise, whole_rise(params), rtol=1e-4, atol=1e-6)
+    params, history = run(stop=lambda metrics: "enough", every=10)
+    assert history.stopped == "enough"
+    np.testing.assert_allclose(history.promise.rise, whole_rise(params), rtol=1e-4, atol=1e-6)
+
+
+def test_a_budget_for_each_utility():
+    params, history = run(two_losses, constraint=eu.Budget([0.1, 0.02]))
+    assert history.promise.holds
+    assert np.all(whole_rise(params, two_losses) <= [0.1, 0.02])
+    assert "All 2 retain losses kept their budgets; number" in eu.verdict(history.promise)
+
+
+def test_several_sets_are_measured_each_on_its_own_rows():
+    def fn(params, batch):
+        loss = lambda rows: jnp.mean((rows - params["w"] - params["b"]) ** 2)
+        return eu.Losses(loss(batch["forget"]), jnp.stack([loss(rows) for rows in batch["retain"]]))
+
+    sets = [RETAIN[:90], RETAIN[90:]]
+    params, history = run(fn, sets)
+    assert history.promise.examples == 130
+    np.testing.assert_allclose(
+        history.promise.rise, [whole_rise(params, rows=rows) for rows in sets], rtol=1e-3
+    )
+
+
+def test_functions_are_measured_only_on_what_is_given():
+    draw = lambda step: RETAIN[np.random.default_rng(step).choice(130, 16)]
+    assert run(retain=draw)[1].promise is None
+    assert "Nothing was promised" in eu.verdict(None)
+    params, history = run(retain=draw, measured_on=RETAIN)
+    assert history.promise.examples == 130
+    assert whole_rise(params) <= 0.1
+    assert run(constraint=eu.Tolerance(0.01))[1].promise is None
+
+
+def test_held_out_rows_are_told_apart_with_a_bound():
+    unseen = RNG.normal(0.05, 0.3, (500, 3)).astype(np.float32)
+    params, history = run(held_out=unseen)
+    promise = history.promise
+    np.testing.assert_allclose(promise.held_out_rise, whole_rise(params, rows=unseen), rtol=1e-3, atol=1e-5)
+    assert promise.held_out_bound > promise.held_out_rise
+
+
+def test_the_bound_covers_the_truth_in_nineteen_of_twenty_draws():
+    covered = []
+    for seed in range(400):
+        changes = np.random.default_rng(seed).normal(0.3, 1.0, (16, 1))
+        ones = np.ones((16, 1))
+        covered.append(rise_on_unseen((0 * ones, ones), (changes, ones))[1][0] >= 0.3)
+    assert abs(np.mean(covered) - 0.95) < 4 * (0.95 * 0.05 / 400) ** 0.5
+    one = np.ones((1, 1))
+    assert rise_on_unseen((0 * one, one), (one, one))[1] == np.inf
+
+
+def test_on_a_mesh():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    one, other = run(inner=optax.sgd(0.5)), run(inner=optax.sgd(0.5), mesh=mesh)
+    np.testing.assert_allclose(other[0]["w"], one[0]["w"], rtol=1e-4)
+    assert other[1].promise.repair_steps == one[1].promise.repair_steps
+
+
+def test_frozen_leaves_stay(tmp_path):
+    params, history = run(inner=optax.sgd(0.5), trainable=lambda path: path == "w", folder=tmp_path)
+    assert params["b"] is PARAMS["b"]
+    assert whole_rise(params) <= 0.1
+    assert history.promise.holds
+
+
+def test_what_is_kept_of_a_promise(tmp_path):
+    _, history = run(folder=tmp_path)
+    kept = json.loads((tmp_path / "promise.json").read_text())
+    assert kept["rise"] == pytest.approx(float(history.promise.rise))
+    again = run(folder=tmp_path)[1]
+    assert again.promise == history.promise
+
+
+def test_interrupted_during_the_repair_it_ends_the_same_to_the_bit(tmp_path, monkeypatch):
+    from eupmu_jax.run import promise
+
+    settings = {"inner": optax.sgd(0.3, momentum=0.9), "constraint": eu.Budget(0.01), "batch_size": 4}
+    whole = run(**settings)
+    assert whole[1].promise.repair_steps > 0
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(promise, "_polyak", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder=tmp_path, **settings)
+    resumed = run(folder=tmp_path, **settings)
+    np.testing.assert_array_equal(resumed[0]["w"], whole[0]["w"])
+    assert resumed[1].promise == whole[1].promise
+
+
+def test_what_it_costs():
+    """The whole set once before, once after, once more for each repair; 1,024 rows for its gradient."""
+    rows, of = [], measured_on(lambda params, batch: losses_fn(params, count(batch, rows)))
+    budget = eu.Budget(0.1, baseline=float(np.mean(RETAIN**2)))
+    params = {"w": jnp.asarray(np.full(3, 0.8, np.float32)), "b": jnp.asarray(np.float32(0))}
+    assert within(params, of, budget)[1].repair_steps > 0
+    # Each shape is traced once, forward and backward: all else are calls of compiled programs.
+    assert sorted(rows) == [2, 16, 16]
+
+
+def count(batch, rows):
+    rows.append(len(batch["retain"]))
+    return batch
+
+
+def test_sentences():
+    numbers = lambda rise: (np.array(1.2), np.array(0.1), np.array(rise), np.array(rise / 0.1))
+    fell = eu.Promise(*numbers(-0.02), examples=10, repair_steps=0, holds=True)
+    said = "The retain loss fell by 0.02; you allowed a rise of 0.1 (measured on 10 examples)."
+    assert eu.verdict(fell) == said
