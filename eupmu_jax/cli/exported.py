@@ -72,6 +72,10 @@ def export_model(
         exported = jax.export.export(jax.jit(by_name), platforms=PLATFORMS)(named, shape)
     except Exception as error:
         raise ValueError(f"apply cannot be exported for inputs {shape.shape}: {error}") from error
+    if strange := _strange_calls([exported.mlir_module(), exported.vjp().mlir_module()]):
+        raise ValueError(
+            f"apply calls {strange}, which is not XLA's own and would be refused: compute it beforehand"
+        )
     shapes = [logits.shape for logits in exported.out_avals]
     if len(shapes) != 1 or len(shapes[0]) not in (2, 3) or shapes[0][0] != batch:
         raise ValueError(
@@ -119,12 +123,8 @@ def load_model(folder: str | os.PathLike) -> tuple[Apply, dict[str, jax.Array]]:
         programs = [exported.mlir_module(), exported.vjp().mlir_module()]
     except Exception as error:
         raise ValueError(f"{folder / FUNCTION} is not a function that jax.export wrote: {error}") from error
-    for program in programs:
-        called = re.findall(r'custom_call @"?([^"(\s]+)', program)
-        if (strange := set(called) - HARMLESS_CALLS) or program.count("custom_call") != len(called):
-            raise ValueError(
-                f"{folder / FUNCTION} calls {', '.join(sorted(strange)) or 'out'}, which could run any code"
-            )
+    if strange := _strange_calls(programs):
+        raise ValueError(f"{folder / FUNCTION} calls {strange}, which could run any code")
     try:
         params = load_file(folder / PARAMS)
     except Exception as error:
@@ -141,6 +141,17 @@ def load_model(folder: str | os.PathLike) -> tuple[Apply, dict[str, jax.Array]]:
         return exported.call(params, inputs)
 
     return apply, params
+
+
+def _strange_calls(programs: list[str]) -> str:
+    """What programs call that JAX does not put into plain models; "" for nothing."""
+    strange = set()
+    for program in programs:
+        called = re.findall(r'custom_call @"?([^"(\s]+)', program)
+        strange |= set(called) - HARMLESS_CALLS
+        if program.count("custom_call") != len(called):
+            strange.add("something without a name")
+    return ", ".join(sorted(strange))
 
 
 def _check_names(

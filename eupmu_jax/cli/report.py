@@ -14,7 +14,15 @@ from eupmu_jax.run.promise import Promise, verdict
 
 def write(folder: str | os.PathLike) -> pathlib.Path:
     """Draws curves.png and writes report.html into a folder of `unlearn`; ValueError if it is none."""
-    folder = pathlib.Path(folder)
+    try:
+        return _written(pathlib.Path(folder))
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: the files of this run were edited and make no sense: {error!r}"
+        ) from error
+
+
+def _written(folder: pathlib.Path) -> pathlib.Path:
     run, steps, evaluations = read(folder)
     draw(folder / "curves.png", run["constraint"], steps, evaluations)
     parts = [page.paragraph(sentence(run, steps, evaluations))]

@@ -91,9 +91,10 @@ class Budget:
     A controller of log(multiplier) spends the budget and stays there, whatever the inner optimiser, learning
     rate and schedule are. The losses are raw, the weights normalised, and R is observed on the batches
     of the steps: no look-ahead, since a batch that was just stepped on looks better than the rest. It aims at
-    95% of the budget, which leaves room for what batches cannot tell. Where the learning rate alone keeps the
-    retain loss above the budget, ``surgery_info(state).infeasible`` says so. The multiplier moves between
-    e^-5 (a tenth of it when all is forgotten) and e^8 times its initial value: scale that by U / R.
+    the budget itself; `unlearn` measures at the end and takes back what is over. Where the learning rate
+    alone keeps the retain loss above the budget, ``surgery_info(state).infeasible`` says so. The multiplier
+    moves between e^-5 (a tenth of it when all is forgotten) and e^8 times its initial value: scale that by U
+    / R.
 
     Draw retain batches independently, as `unlearn` does: in reshuffled passes a batch holds what was not
     trained on for longest, its loss lies above the whole set's, and less than the budget is spent. What is
@@ -126,11 +127,15 @@ class Budget:
         object.__setattr__(self, "total", plain_numbers(self.total, "budget total"))
         if callable(self.total):
             raise TypeError("budget total must be a number or [K] of them: it is for the whole run")
-        if not isinstance(self.total, Tracer) and not np.all(np.asarray(self.total) > 0):
+        numbers = np.ones(()) if isinstance(self.total, Tracer) else np.asarray(self.total)
+        if not np.all(numbers > 0):
             raise ValueError(
                 "budget total must be > 0, the rise of the retain loss that the whole run may cost, "
                 f"got {self.total}"
             )
+        # Squares of it are formed in float32.
+        if not np.all((numbers >= 1e-12) & (numbers <= 1e12)):
+            raise ValueError(f"budget total must lie in [1e-12, 1e12], got {self.total}")
         if self.baseline is None:
             return
         object.__setattr__(self, "baseline", plain_numbers(self.baseline, "budget baseline"))

@@ -95,18 +95,22 @@ def tolerance_controller(constraint: Tolerance, initial_multiplier: Numbers) -> 
         eps = tolerance_at(state.applied_steps, change.dtype)
         return ascend(state, (change / losses.retain if log_losses else change) - eps)
 
-    def weights(state: SurgeryState, losses: Losses) -> Losses:
-        return cotangents(losses, state.multiplier, log_losses, constraint.normalize_weights)
-
     return Controller(
         init=lambda: initial_state(initial_multiplier, optimizer.init),
         before=lagged if constraint.measure == "lagged" else lambda state, losses: state,
         after=directional if constraint.measure == "directional" else lookahead,
-        weights=weights,
+        weights=partial(by_multiplier, log_losses=log_losses, normalize_weights=constraint.normalize_weights),
         usable=partial(is_usable, log_losses=log_losses),
         holds=lambda state: jnp.asarray(False),
         observes="nothing" if constraint.measure == "lagged" else constraint.measure,
     )
+
+
+def by_multiplier(
+    state: SurgeryState, losses: Losses, *, log_losses: bool, normalize_weights: bool
+) -> Losses:
+    """The weights (1, lambda), as cotangents of the losses."""
+    return cotangents(losses, state.multiplier, log_losses, normalize_weights)
 
 
 def budget_controller(constraint: Budget, initial_multiplier: Numbers) -> Controller:
@@ -127,7 +131,7 @@ def budget_controller(constraint: Budget, initial_multiplier: Numbers) -> Contro
         )
 
     def weights(state: SurgeryState, losses: Losses) -> Losses:
-        forgetting = cotangents(losses, state.multiplier, log_losses=False, normalize_weights=True)
+        forgetting = by_multiplier(state, losses, log_losses=False, normalize_weights=True)
         retaining = retain_alone(state.multiplier, losses.forget.dtype)
         return select(state.controller_state.is_paused, retaining, forgetting)
 

@@ -208,7 +208,10 @@ def shapes_of(batch: PyTree) -> tuple:
     return structure, [(np.shape(leaf), dtype(leaf)) for leaf in leaves]
 
 
-def check_whole(value: object, name: str, least: int = 1) -> None:
-    """ValueError unless it is a whole number >= `least`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+def check_whole(value: object, name: str, least: int = 1, most: int = 10**9) -> None:
+    """ValueError unless it is a whole number from `least` to `most`."""
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_whole or value < least:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value!r}")

@@ -1,6 +1,8 @@
 """run.json: what must be the same for a run to go on, as far as it can be compared."""
 
 import dataclasses
+import re
+import zlib
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ import optax
 from eupmu_jax.method.constraints import Budget, Constraint
 from eupmu_jax.method.types import Numbers, PyTree
 from eupmu_jax.run.batches import RetainSets
+from eupmu_jax.run.folder import PROGRAM
 from eupmu_jax.run.leaves import checksum, described
 from eupmu_jax.run.ledger import Run
 from eupmu_jax.run.plan import Plan
@@ -23,8 +26,9 @@ def description(
     retain: RetainSets,
     model: tuple[PyTree, PyTree],
     run: Run,
+    program: str,
 ) -> dict[str, Any]:
-    """Settings as data; of sets and of the model's trained and frozen leaves what tells them from others."""
+    """Settings as data; of sets, leaves and the step's program what tells them from others."""
     trained, frozen = model
     sums = {"crc32 of params": checksum(trained)}
     if jax.tree.leaves(frozen):
@@ -38,6 +42,10 @@ def description(
         **{name: data_as_text(data) for name, data in retain.sets.items()},
         **sums,
         "checkpoint": described(run),
+        "jax": jax.__version__,
+        # Another loss or optimiser; where functions are in the program, their addresses change from run to
+        # run.
+        PROGRAM: zlib.crc32(re.sub("0x[0-9a-f]+", "", program).encode()),
     }
 
 

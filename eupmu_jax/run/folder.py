@@ -13,6 +13,8 @@ from eupmu_jax.run.files import write_whole
 from eupmu_jax.run.leaves import by_path
 from eupmu_jax.run.promise import Promise
 
+PROGRAM = "crc32 of the step"
+
 
 class Folder:
     """What a run leaves on disk: run.json, metrics.jsonl, checkpoints/."""
@@ -30,28 +32,45 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"folder {self.path} cannot be made: {error}") from error
-        description, run = self.path / "run.json", json.loads(json.dumps(run))
+        # The folder itself is what is locked, before anybody looks into it: of two that race one waits for
+        # nothing.
+        self.lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self.lock)
+            raise ValueError(f"folder {self.path} is in use by another run: give a new one") from error
+        try:
+            self._describe(json.loads(json.dumps(run)))
+            options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+            self.manager = ocp.CheckpointManager(self.path / "checkpoints", options=options)
+        except BaseException:
+            os.close(self.lock)
+            raise
+        self.saved = self.manager.latest_step() or 0
+        self.metrics = self.path / "metrics.jsonl"
+
+    def _describe(self, run: dict[str, Any]) -> None:
+        """Writes run.json, or compares it with the one that is there."""
+        description = self.path / "run.json"
         if not description.exists():
             if any(there.name != "run.json.partial" for there in self.path.iterdir()):
                 raise ValueError(f"folder {self.path} is not empty and not that of a run: give a new one")
             write_whole(description, json.dumps(run, indent=2) + "\n")
-        elif (saved := read_description(description)) != run:
-            changed = sorted(key for key in saved.keys() | run.keys() if saved.get(key) != run.get(key))
-            changes = "; ".join(f"{key}: {saved.get(key)} there, {run.get(key)} now" for key in changed)
-            raise ValueError(
-                f"folder {self.path} holds a run with other settings ({changes}): give the same to go on "
-                "with it, or a new folder"
+            return
+        saved = read_description(description)
+        if saved.get("jax") != run.get("jax"):
+            # Another version of JAX writes the same program in other words.
+            saved, run = ({k: v for k, v in one.items() if k not in ("jax", PROGRAM)} for one in (saved, run))
+        changed = sorted(key for key in saved.keys() | run.keys() if saved.get(key) != run.get(key))
+        if changed:
+            changes = "; ".join(
+                f"{key}: {short(saved.get(key))} there, {short(run.get(key))} now" for key in changed
             )
-        self.lock = description.open()
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.lock.close()
-            raise ValueError(f"folder {self.path} is in use by another run: give a new one") from error
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
-        self.manager = ocp.CheckpointManager(self.path / "checkpoints", options=options)
-        self.saved = self.manager.latest_step() or 0
-        self.metrics = self.path / "metrics.jsonl"
+            raise ValueError(
+                f"folder {self.path} holds a run with other settings ({short(changes, 400)}): give the "
+                "same to go on with it, or a new folder"
+            )
 
     def restore(self, like: PyTree) -> tuple[int, PyTree, list[dict[str, Any]]]:
         """(steps done, tree, metrics up to there) of the last checkpoint, or (0, `like`, [])."""
@@ -82,17 +101,29 @@ class Folder:
                 lines.append(json.loads(text))
             except json.JSONDecodeError:  # written when the run was killed, after the checkpoint
                 break
-        kept = [line for line in lines if line["step"] <= step]
-        if sum("evaluation" not in line for line in kept) != step:
+        try:
+            kept = [line for line in lines if line["step"] <= step]
+            steps = [line["step"] for line in kept if "evaluation" not in line]
+        except (TypeError, KeyError) as error:
             raise ValueError(
-                f"{self.metrics} does not hold all {step} steps of the checkpoint: restore the file"
+                f"{self.metrics} was edited, it is no longer that of a run: restore it"
+            ) from error
+        if steps != list(range(1, step + 1)):
+            raise ValueError(
+                f"{self.metrics} does not hold all {step} steps of the checkpoint, each once and in order: "
+                "restore the file"
             )
         return kept
 
     def write(self, lines: Iterable[dict[str, Any]]) -> None:
         """Appends metrics."""
-        with self.metrics.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        try:
+            with self.metrics.open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError as error:
+            raise OSError(
+                f"{self.metrics} could not be written: {error}. Make room and start again."
+            ) from error
 
     def save_if_new(self, step: int, tree: PyTree) -> None:
         """Saves a step that is after what was saved last."""
@@ -118,7 +149,7 @@ class Folder:
             raise OSError(self.failed(self.manager.latest_step(), error)) from error
         finally:
             self.manager.close()
-            self.lock.close()
+            os.close(self.lock)
 
     def finish(self, params: PyTree, promise: Promise | None) -> None:
         """What the run came to: params.safetensors, and promise.json where there was a promise."""
@@ -142,6 +173,12 @@ class Folder:
             f"a checkpoint at step {step} could not be written to {self.path}: {error}\n"
             "Make room or mend the folder and start again: the run goes on from its last whole checkpoint."
         )
+
+
+def short(value: object, longest: int = 60) -> str:
+    """A value as text that fits into a message."""
+    text = str(value)
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def saved_description(folder: str | os.PathLike | None) -> dict[str, Any]:

@@ -77,6 +77,19 @@ def in_parts(array: np.ndarray, part_bytes: int = 2**26):
         yield array[start : start + rows]
 
 
+def rows_not_finite(data: PyTree) -> np.ndarray:
+    """The rows of a set in which any floating array holds NaN or infinity."""
+    found = np.zeros(0, int)
+    for leaf in jax.tree.leaves(data):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            continue
+        start = 0
+        for part in in_parts(np.asarray(leaf)):
+            wrong = ~np.isfinite(part.astype(np.float32, copy=False)).reshape(len(part), -1).all(1)
+            found, start = np.union1d(found, start + np.flatnonzero(wrong)), start + len(part)
+    return found
+
+
 def check_numeric(tree: PyTree, name: str) -> None:
     """TypeError for a leaf that is no array of numbers."""
     for path, leaf in jax.tree.leaves_with_path(tree):

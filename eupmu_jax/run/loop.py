@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -86,6 +86,9 @@ def run_to_the_end(
             longest = CHUNK_BYTES // max(1, _nbytes(batch_at(start)))
             length = max(1, min(int(CHUNK_SECONDS / seconds), longest))
         is_compiled = True
+        if trouble is not None and not isinstance(trouble, Exception):
+            # Ctrl-C: no evaluation first.
+            raise trouble
         show(ledger.done, ledger.seen)
         if start == 0 and ledger.done and ledger.seen["forget_loss"][0] < 0:
             warnings.warn(NEGATIVE, stacklevel=3)
@@ -130,22 +133,38 @@ def _pause(ledger: Ledger, hooks: Hooks, why: str | None = None) -> None:
         metrics |= _evaluated(hooks.evaluate, params, ledger.seen)
     best = None
     if ledger.done and hooks.score is not None:
-        value = np.float32(hooks.score(metrics))
+        value = _asked(hooks.score, metrics, "score", np.float32)
         if value > ledger.run.best.score:
             new = Best(jnp.float32(value), jnp.int32(ledger.done), owned(ledger.run.params))
             best = hooks.on_mesh(new)
     if ledger.done and hooks.stop is not None:
-        why = why or hooks.stop(metrics) or None
+        why = why or _asked(hooks.stop, metrics, "stop", lambda found: found) or None
     ledger.evaluated(metrics | ({"stopped": why} if why else {}), best)
     for callback in hooks.callbacks:
         callback(params, metrics)
+
+
+def _asked(
+    function: Callable[[Metrics], Any], metrics: Metrics, name: str, convert: Callable[[Any], Any]
+) -> Any:
+    """What `function` makes of the metrics; ValueError that lists them where it asks for another."""
+    try:
+        return convert(function(metrics))
+    except KeyError as error:
+        known = ", ".join(metrics)
+        raise ValueError(
+            f"{name} asks for {error}, but the metrics are {known}: let evaluate return it"
+        ) from error
 
 
 def _evaluated(
     evaluate: Callable[[PyTree], dict[str, float]], params: PyTree, seen: dict[str, np.ndarray]
 ) -> dict[str, float]:
     """What evaluate returns, as floats; ValueError for names that metrics have already."""
-    found = {name: float(value) for name, value in evaluate(params).items()}
+    values = evaluate(params)
+    if not isinstance(values, Mapping):
+        raise TypeError(f"evaluate must return a dict of numbers by name, got {type(values).__name__}")
+    found = {name: float(value) for name, value in values.items()}
     if taken := found.keys() & {"step", "stopped", *seen}:
         raise ValueError(
             f"evaluate returns {', '.join(sorted(taken))}, which the run itself reports: rename it"

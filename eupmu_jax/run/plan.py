@@ -31,7 +31,7 @@ def planned(
     retain: PyTree | Draw,
 ) -> tuple[Plan, RetainSets]:
     """The plan, and the retain sets with the rows of a batch of each."""
-    check_whole(seed, "seed", least=0)
+    check_whole(seed, "seed", least=0, most=2**63 - 1)
     sizes: Any = batch_size if isinstance(batch_size, tuple | list) else (batch_size, batch_size)
     if len(sizes) != 2:
         raise ValueError(

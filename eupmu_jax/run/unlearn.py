@@ -20,10 +20,19 @@ from eupmu_jax.method.eupmu import eupmu
 from eupmu_jax.method.layouts import owned, place, training_step
 from eupmu_jax.method.losses import LossesFn, as_means, check_losses_fn
 from eupmu_jax.method.types import Numbers, PyTree
-from eupmu_jax.run.batches import Draw, RetainSets, Sizes, forget_source, paired, retain_sets, several_source
+from eupmu_jax.run.batches import (
+    Draw,
+    RetainSets,
+    Sizes,
+    forget_source,
+    paired,
+    retain_sets,
+    rows_of,
+    several_source,
+)
 from eupmu_jax.run.description import description, with_saved_baseline
 from eupmu_jax.run.folder import Folder, saved_description
-from eupmu_jax.run.leaves import by_path, check_numeric, joined, parted
+from eupmu_jax.run.leaves import by_path, check_numeric, joined, parted, rows_not_finite
 from eupmu_jax.run.ledger import Best, Ledger, Run
 from eupmu_jax.run.loop import Hooks, Inputs, Metrics, on_inputs, run_to_the_end
 from eupmu_jax.run.plan import check_functions, check_places, planned
@@ -184,6 +193,8 @@ def unlearn(
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
         utilities = _utilities(losses_fn, params, batch_at(0), sets)
+        for name, data in {"forget": forget, "retain": retain}.items():
+            _check_rows(losses_fn, params, batch_at(0), name, data)
         on_mesh = lambda tree: tree if mesh is None else jax.tree.map(partial(place, mesh=mesh), tree)
         # Placed when it is needed: kept on a mesh during the run it would be a copy more.
         original = lambda: on_mesh(parted(params, trainable)[0])
@@ -194,7 +205,13 @@ def unlearn(
         if isinstance(constraint, Budget) and checked_on.are_arrays:
             measured = retained(losses_fn, frozen, rows, checked_on, plan.seed)
             if constraint.baseline is None:
-                constraint = dataclasses.replace(constraint, baseline=measured.measure(original()))
+                baseline = measured.measure(original())
+                if not np.all(np.isfinite(baseline)):
+                    raise ValueError(
+                        f"the loss of the whole retain set is {baseline} before the first step: look for "
+                        "labels that are out of range, and at losses_fn"
+                    )
+                constraint = dataclasses.replace(constraint, baseline=baseline)
         check_multiplier(initial_multiplier, isinstance(constraint, Budget))
         if np.ndim(initial_multiplier) == 0:
             initial_multiplier = jnp.full(utilities, jnp.asarray(initial_multiplier))
@@ -205,7 +222,12 @@ def unlearn(
         run = Run(trained, state, on_mesh(best))
         kept = None
         if folder is not None:
-            text = description(plan, constraint, initial_multiplier, forget, sets, (trained, frozen), run)
+            given = Inputs(batch_at(0), frozen, jax.random.key(plan.seed), np.int32(0))
+            program = jax.make_jaxpr(lambda *args: tx.update(None, *args, batch=given))(run.state, run.params)
+            model = trained, frozen
+            text = description(
+                plan, constraint, initial_multiplier, forget, sets, model, run, str(program.jaxpr)
+            )
             kept = stack.enter_context(contextlib.closing(Folder(folder, text)))
         whole = lambda trained: joined(trained, frozen)
         hooks = Hooks(evaluate, score, stop, callbacks, whole, on_mesh)
@@ -230,6 +252,24 @@ def unlearn(
         if kept is not None:
             kept.finish(whole(chosen) if trainable is None else chosen, promise)
         return whole(chosen), History(ledger.steps, ledger.evaluations, best_step, ledger.stopped, promise)
+
+
+def _check_rows(losses_fn: LossesFn, params: PyTree, batch: PyTree, name: str, data: PyTree | Draw) -> None:
+    """ValueError that names the rows with NaN or infinity, unless losses_fn masks them."""
+    leaves = jax.tree.leaves(data)
+    if callable(data) or any(map(callable, leaves)) or len({np.shape(leaf)[:1] for leaf in leaves}) > 1:
+        return
+    rows = rows_not_finite(data)
+    if not len(rows):
+        return
+    length = len(jax.tree.leaves(batch[name])[0])
+    seen = rows_of(jax.tree.map(np.asarray, data), np.resize(rows, length))
+    losses = as_means(losses_fn(params, batch | {name: seen, "key": jax.random.key(0)}))
+    if not all(bool(jnp.all(jnp.isfinite(loss))) for loss in losses):
+        raise ValueError(
+            f"{name} holds NaN or infinity in {len(rows)} of its {len(leaves[0])} rows, of which row "
+            f"{rows[0]} is the first, and the losses there are not finite: leave these rows out or mask them"
+        )
 
 
 def _utilities(losses_fn: LossesFn, params: PyTree, batch: PyTree, sets: RetainSets) -> tuple[int, ...]:

@@ -10,9 +10,9 @@ import optax
 
 import eupmu_jax as eu
 from eupmu_jax.method import budget as pid
-from eupmu_jax.method.controller import Controller, make_controller
+from eupmu_jax.method.controller import Controller, by_multiplier, make_controller
 from eupmu_jax.method.eupmu import controlled
-from eupmu_jax.method.losses import cotangents, is_usable
+from eupmu_jax.method.losses import is_usable
 from eupmu_jax.method.state import SurgeryState, initial_state
 from experiments.shared.methods.eupmu import eupmu, eupmu_budget, method_of
 from experiments.shared.methods.exact_surgery import exact_surgery_budget
@@ -55,7 +55,7 @@ def from_spending(
         init=lambda: initial_state(1.0, lambda multiplier: init),
         before=before,
         after=after,
-        weights=partial(cotangents, log_losses=False, normalize_weights=True),
+        weights=partial(by_multiplier, log_losses=False, normalize_weights=True),
         usable=partial(is_usable, log_losses=False),
         holds=lambda state: jnp.asarray(False),
         observes="nothing",
@@ -169,8 +169,14 @@ def looking_ahead(budget: Number, baseline: Number) -> Controller:
     def after(state: SurgeryState, losses: eu.Losses, observed: jax.Array) -> SurgeryState:
         return state._replace(controller_state=state.controller_state._replace(seen=observed))
 
-    holds = lambda state: packaged.holds(alone(state))
-    return packaged._replace(init=init, before=before, after=after, holds=holds, observes="lookahead")
+    return packaged._replace(
+        init=init,
+        before=before,
+        after=after,
+        weights=lambda state, losses: packaged.weights(alone(state), losses),
+        holds=lambda state: packaged.holds(alone(state)),
+        observes="lookahead",
+    )
 
 
 def seeing_the_full_loss(

@@ -12,9 +12,9 @@ import optax
 import pytest
 
 import eupmu_jax as eu
-from eupmu_jax.method.controller import Controller
+from eupmu_jax.method.controller import Controller, by_multiplier
 from eupmu_jax.method.eupmu import controlled
-from eupmu_jax.method.losses import cotangents, is_usable
+from eupmu_jax.method.losses import is_usable
 from eupmu_jax.method.state import initial_state
 from tests.costs import eupmu_step, linear_step
 from tests.quadratics import quadratics
@@ -107,7 +107,7 @@ def constant(multiplier, **parts):
         init=lambda: initial_state(multiplier, lambda multiplier: ()),
         before=lambda state, losses: state,
         after=lambda state, losses, observed: state,
-        weights=partial(cotangents, log_losses=False, normalize_weights=False),
+        weights=partial(by_multiplier, log_losses=False, normalize_weights=False),
         usable=partial(is_usable, log_losses=False),
         holds=lambda state: jnp.asarray(False),
         observes="nothing",

@@ -393,7 +393,7 @@ def test_what_a_failing_run_keeps_is_all_that_was_done(tmp_path):
     assert_close(run(forget=draw, every=30, folder=tmp_path / "data")[0], run(every=30)[0])
 
     score = lambda metrics: metrics["accuracy"]
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="score asks for 'accuracy', but the metrics are step, "):
         run(score=score, every=10, folder=tmp_path / "score")
     assert [path.name for path in (tmp_path / "score" / "checkpoints").iterdir()] == ["10"]
     accuracy = lambda params: {"accuracy": float(params["b"][0])}
