@@ -189,7 +189,11 @@ def with_settings(arguments: list[str]) -> list[str]:
     given = read_settings(path)
     if (path.parent / "run.json").exists():
         given["folder"] = str(path.parent)
-    given = {name: value for name, value in given.items() if value is not None}
+    # A bound of the command line takes the place of the file's, of whichever kind.
+    bounds = {"budget", "tolerance", "measure"}
+    is_bound = lambda argument: argument.split("=")[0].removeprefix("--") in bounds
+    replaced = bounds if any(map(is_bound, arguments[2:])) else set()
+    given = {name: value for name, value in given.items() if value is not None and name not in replaced}
     from_file = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     return ["unlearn", *from_file, *arguments[2:]]
 

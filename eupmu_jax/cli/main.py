@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("Interrupted: the same command goes on from here.", file=sys.stderr)
+        print("Interrupted: eupmu unlearn goes on with the same command.", file=sys.stderr)
         sys.exit(130)
 
 

@@ -16,7 +16,9 @@ def write(folder: str | os.PathLike) -> pathlib.Path:
     """Draws curves.png and writes report.html into a folder of `unlearn`; ValueError if it is none."""
     try:
         return _written(pathlib.Path(folder))
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and str(folder) in str(error):
+            raise
         raise ValueError(
             f"{folder}: the files of this run were edited and make no sense: {error!r}"
         ) from error

@@ -78,6 +78,9 @@ class Tolerance:
         object.__setattr__(self, "eps", plain_numbers(self.eps, "tolerance eps"))
         if self.measure not in get_args(Measure):
             raise ValueError(f"measure must be one of {', '.join(get_args(Measure))}; got {self.measure!r}")
+        for name in ("log_losses", "normalize_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.dual_optimizer is not None:
             check_transformation(self.dual_optimizer, "dual_optimizer")
 
@@ -105,7 +108,7 @@ class Budget:
       total: delta > 0, in the loss's units (nats of a cross-entropy; for a relative one 0.05 * R_0): a
         float, or [K] numbers.
       baseline: R_0, a float or [K] numbers, the mean retain loss over the retain set before the first step.
-        None: `unlearn` measures it, on the whole set; a bare transformation takes the mean of its first ten
+        None: `unlearn` measures it where the set is arrays; elsewhere it is the mean of the first ten
         batches, during which the parameters stand still. Measure it yourself for K utilities, or where a
         budget is small beside the spread between batches: the baseline's error is spent or withheld.
 
@@ -192,6 +195,6 @@ def check_transformation(transformation: object, name: str) -> None:
     """TypeError for what is no transformation."""
     if not isinstance(transformation, optax.GradientTransformation):
         raise TypeError(
-            f"{name} must be an optax.GradientTransformation (or None), got "
+            f"{name} must be an optax.GradientTransformation, got "
             f"{type(transformation).__name__} (of optax.MultiSteps pass the gradient_transformation())"
         )

@@ -113,11 +113,13 @@ class RetainSets(NamedTuple):
 def retain_sets(retain: PyTree | Draw, batch_size: Sizes) -> RetainSets:
     """One set, or several: where a list or dict holds functions or different lengths, or has a size for each.
 
-    Several sets of one length are as good as one set whose rows are drawn together: losses_fn sees the same.
+    Utility k belongs to the k-th set of a list, of a dict to that of the k-th key in sorted order. Several
+    sets of one length are as good as one set whose rows are drawn together: losses_fn sees the same.
     """
-    parts = (
-        dict(enumerate(retain)) if isinstance(retain, list) else retain if isinstance(retain, dict) else {}
-    )
+    parts = dict(enumerate(retain)) if isinstance(retain, list) else {}
+    if isinstance(retain, dict):
+        # In the order in which JAX hands a dict to losses_fn, which is that of the utilities.
+        parts = {key: retain[key] for key in sorted(retain)}
     arrays = jax.tree.leaves([part for part in parts.values() if not callable(part)])
     is_several = any(map(callable, parts.values())) or len({np.shape(leaf)[:1] for leaf in arrays}) > 1
     if not is_several and isinstance(batch_size, int | np.integer):
@@ -145,7 +147,8 @@ def several_source(retain: RetainSets, seed: int) -> Draw:
     """step -> the batch of all retain sets, each drawn from a stream of its own."""
     if len(retain.sets) == 1:
         ((name, data),) = retain.sets.items()
-        return retain_source(data, retain.sizes[name], seed)
+        draw = retain_source(data, retain.sizes[name], seed)
+        return lambda step: retain.together([draw(step)])
     draws = [
         _drawn(data, name, retain.sizes[name], seed, stream=(index,))
         for index, (name, data) in enumerate(retain.sets.items())

@@ -26,7 +26,7 @@ def description(
     retain: RetainSets,
     model: tuple[PyTree, PyTree],
     run: Run,
-    program: str,
+    program: str | None,
 ) -> dict[str, Any]:
     """Settings as data; of sets, leaves and the step's program what tells them from others."""
     trained, frozen = model
@@ -45,7 +45,7 @@ def description(
         "jax": jax.__version__,
         # Another loss or optimiser; where functions are in the program, their addresses change from run to
         # run.
-        PROGRAM: zlib.crc32(re.sub("0x[0-9a-f]+", "", program).encode()),
+        PROGRAM: None if program is None else zlib.crc32(re.sub("0x[0-9a-f]+", "", program).encode()),
     }
 
 

@@ -23,8 +23,11 @@ class Folder:
         """Opens the folder of a run, or makes it; ValueError if another run's is there."""
         import fcntl  # which Windows has not
 
-        import orbax.checkpoint as ocp
-        import safetensors.flax
+        try:
+            import orbax.checkpoint as ocp
+            import safetensors.flax
+        except ImportError as error:
+            raise ImportError(f'folder needs the extra "run", pip install -e ".[run]": {error}') from error
 
         self.ocp, self.save_file = ocp, safetensors.flax.save_file
         self.path = pathlib.Path(path).absolute()
@@ -59,8 +62,8 @@ class Folder:
             write_whole(description, json.dumps(run, indent=2) + "\n")
             return
         saved = read_description(description)
-        if saved.get("jax") != run.get("jax"):
-            # Another version of JAX writes the same program in other words.
+        if saved.get("jax") != run.get("jax") or None in (saved.get(PROGRAM), run.get(PROGRAM)):
+            # Another version of JAX, or a mesh, writes the same program in other words.
             saved, run = ({k: v for k, v in one.items() if k not in ("jax", PROGRAM)} for one in (saved, run))
         changed = sorted(key for key in saved.keys() | run.keys() if saved.get(key) != run.get(key))
         if changed:
@@ -135,11 +138,12 @@ class Folder:
         # The metrics first: a checkpoint counts on them even where the power fails.
         with self.metrics.open("a") as file:
             os.fsync(file.fileno())
-        self.saved = step
         try:
             self.manager.save(step, args=self.ocp.args.StandardSave(by_path(tree)))
         except Exception as error:
+            self.saved = step
             raise OSError(self.failed(step, error)) from error
+        self.saved = step
 
     def close(self) -> None:
         """Waits for the checkpoint that is being written."""

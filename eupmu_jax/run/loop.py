@@ -76,6 +76,7 @@ def run_to_the_end(
         _pause(ledger, hooks)
     # The first chunk compiles, which tells nothing about the next: it is one step, and so is the second.
     length, is_compiled = 1, False
+    longest = CHUNK_BYTES // max(1, sum(leaf.nbytes for leaf in jax.tree.leaves(batch_at(0))))
     while ledger.done < plan.steps and ledger.stopped is None:
         edges = [(ledger.done // size + 1) * size for size in (plan.every, CHUNK_STEPS)]
         end = min(ledger.done + length, plan.steps, *edges)
@@ -83,7 +84,6 @@ def run_to_the_end(
         trouble = _take_steps(ledger, step, batch_at, inputs, end)
         if is_compiled and ledger.done > start:
             seconds = (time.perf_counter() - began) / (ledger.done - start)
-            longest = CHUNK_BYTES // max(1, _nbytes(batch_at(start)))
             length = max(1, min(int(CHUNK_SECONDS / seconds), longest))
         is_compiled = True
         if trouble is not None and not isinstance(trouble, Exception):
@@ -98,7 +98,7 @@ def run_to_the_end(
             why = _looks_broken(ledger.seen["skipped_steps"][: ledger.done])
         if why:
             warnings.warn(f"stopped after {ledger.done} of {plan.steps} steps: {why}", stacklevel=3)
-        if why or is_pause():
+        if why or (is_pause() and ledger.last_evaluation < ledger.done):
             _pause(ledger, hooks, why)
         if trouble is not None and ledger.stopped is None:
             raise trouble
@@ -138,7 +138,7 @@ def _pause(ledger: Ledger, hooks: Hooks, why: str | None = None) -> None:
             new = Best(jnp.float32(value), jnp.int32(ledger.done), owned(ledger.run.params))
             best = hooks.on_mesh(new)
     if ledger.done and hooks.stop is not None:
-        why = why or _asked(hooks.stop, metrics, "stop", lambda found: found) or None
+        why = why or _asked(hooks.stop, metrics, "stop", lambda found: str(found) if found else None)
     ledger.evaluated(metrics | ({"stopped": why} if why else {}), best)
     for callback in hooks.callbacks:
         callback(params, metrics)
@@ -181,7 +181,3 @@ def _looks_broken(skipped: np.ndarray) -> str | None:
         f"the last {SKIPPED_IN_A_ROW} steps were skipped, for a loss or a gradient was not finite: "
         "look at the labels, the losses (log_losses needs them > 0) and the learning rate"
     )
-
-
-def _nbytes(batch: PyTree) -> int:
-    return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(batch))

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from eupmu_jax.method.constraints import Budget, Constraint, check_constraint, check_transformation
 from eupmu_jax.method.controller import check_multiplier
-from eupmu_jax.method.eupmu import eupmu
+from eupmu_jax.method.eupmu import Eupmu, eupmu
 from eupmu_jax.method.layouts import owned, place, training_step
 from eupmu_jax.method.losses import LossesFn, as_means, check_losses_fn
 from eupmu_jax.method.types import Numbers, PyTree
@@ -120,7 +120,8 @@ def unlearn(
       forget: a pytree of arrays with a leading axis of examples (NumPy, memory-mapped, JAX), or a function
         step -> batch that gives the same batch whenever it is asked for that step.
       retain: likewise; or a list or dict of such sets, of their own lengths, one for each utility: then
-        batch["retain"] is a list or dict of their batches, and losses_fn returns a retain loss of shape [K].
+        batch["retain"] is a list or dict of their batches, and losses_fn returns a retain loss of shape [K],
+        in the order of the list, or of the sorted keys.
       inner: the optimiser, for instance ``optax.adam(1e-4)``.
       constraint: `Budget` or `Tolerance`, as for `eupmu`. The baseline of a budget that has none is the loss
         of the whole retain set before the first step.
@@ -222,12 +223,9 @@ def unlearn(
         run = Run(trained, state, on_mesh(best))
         kept = None
         if folder is not None:
-            given = Inputs(batch_at(0), frozen, jax.random.key(plan.seed), np.int32(0))
-            program = jax.make_jaxpr(lambda *args: tx.update(None, *args, batch=given))(run.state, run.params)
+            program = None if mesh is not None else _program(tx, run, batch_at(0), frozen)
             model = trained, frozen
-            text = description(
-                plan, constraint, initial_multiplier, forget, sets, model, run, str(program.jaxpr)
-            )
+            text = description(plan, constraint, initial_multiplier, forget, sets, model, run, program)
             kept = stack.enter_context(contextlib.closing(Folder(folder, text)))
         whole = lambda trained: joined(trained, frozen)
         hooks = Hooks(evaluate, score, stop, callbacks, whole, on_mesh)
@@ -254,6 +252,13 @@ def unlearn(
         return whole(chosen), History(ledger.steps, ledger.evaluations, best_step, ledger.stopped, promise)
 
 
+def _program(tx: Eupmu, run: Run, batch: PyTree, frozen: PyTree) -> str:
+    """A step as JAX reads it: another loss, optimiser or rate is another program."""
+    given = Inputs(batch, frozen, jax.random.key(0), np.int32(0))
+    update = lambda state, params: tx.update(None, state, params, batch=given)
+    return str(jax.make_jaxpr(update)(run.state, run.params).jaxpr)
+
+
 def _check_rows(losses_fn: LossesFn, params: PyTree, batch: PyTree, name: str, data: PyTree | Draw) -> None:
     """ValueError that names the rows with NaN or infinity, unless losses_fn masks them."""
     leaves = jax.tree.leaves(data)
@@ -262,8 +267,9 @@ def _check_rows(losses_fn: LossesFn, params: PyTree, batch: PyTree, name: str, d
     rows = rows_not_finite(data)
     if not len(rows):
         return
-    length = len(jax.tree.leaves(batch[name])[0])
-    seen = rows_of(jax.tree.map(np.asarray, data), np.resize(rows, length))
+    first = rows_of(jax.tree.map(np.asarray, data), rows[:1])
+    # Beside others, so that a mask leaves something that counts.
+    seen = jax.tree.map(lambda one, others: np.concatenate([one, others[1:]]), first, batch[name])
     losses = as_means(losses_fn(params, batch | {name: seen, "key": jax.random.key(0)}))
     if not all(bool(jnp.all(jnp.isfinite(loss))) for loss in losses):
         raise ValueError(

@@ -69,6 +69,7 @@ class Sets(NamedTuple):
 
 def load(config: Config) -> tuple[images.Data, Sets]:
     """The data set, and its three parts by what should become of them."""
+    eu.Budget(config.budget)
     if not 0 <= config.forget <= 9:
         raise ValueError(f"--forget must be a class from 0 to 9, got {config.forget}")
     pools = images.load(config.dataset, config.data_dir)

@@ -178,9 +178,9 @@ def after_a_first_batch(first, noise, budget, seed):
 
 
 first_batches = st.tuples(
-    st.floats(-50, 50, width=32),
-    st.floats(0, 10, width=32),
-    st.floats(0.01, 1, width=32),
+    st.floats(-50, 50),
+    st.floats(0, 10),
+    st.floats(0.01, 1),
     st.integers(0, 1000),
 )
 

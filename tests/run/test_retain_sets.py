@@ -48,6 +48,20 @@ def test_a_dict_of_sets(batch_size):
     assert history.steps["multiplier"].shape == (6, 2)
 
 
+@pytest.mark.parametrize("names", [("short", "long"), ("long", "short"), ("b", "a")])
+def test_utilities_of_a_dict_are_in_the_order_of_its_sorted_keys(names, tmp_path):
+    """In which JAX hands the dict to losses_fn, however it was written."""
+    sets = dict(zip(names, (SHORT, LONG), strict=True))
+    baseline = unlearned(sets, (8, dict.fromkeys(names, 3)))[1].promise.baseline
+    np.testing.assert_allclose(baseline, [squares(PARAMS, sets[name]) for name in sorted(names)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("retain", [[LONG], {"a": LONG}])
+def test_one_set_with_a_size_of_its_own_stays_in_its_container(retain):
+    sizes = [10] if isinstance(retain, list) else {"a": 10}
+    assert unlearned(retain, (8, sizes))[1].steps["multiplier"].shape == (6, 1)
+
+
 def test_batches_have_the_sizes_of_their_sets():
     shapes = []
 
