@@ -35,7 +35,7 @@ def forget_compiled_programs():
     """Those of one module are of no use to the next, and all together take gigabytes."""
     yield
     jax.clear_caches()
-    # glibc keeps what was freed, three quarters of the memory; other C libraries have no such function.
+    # glibc keeps what was freed, three quarters of a worker's memory. Other C libraries have no such call.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)
