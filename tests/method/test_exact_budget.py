@@ -64,6 +64,19 @@ def test_exact_surgery_measures_its_baseline_and_skips_bad_steps():
 
 
 @pytest.mark.parametrize(
+    ("dtype", "expected"), [("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")]
+)
+def test_the_multiplier_is_no_narrower_than_the_parameters(dtype, expected, x64):
+    losses_fn = lambda x, batch: eu.Losses(jnp.sum((x - 1) ** 2), jnp.sum(x**2))
+    tx, x = eu.explicit_surgery(eu.Budget(0.1, baseline=0.0)), jnp.full(3, 0.5, dtype)
+    losses, forget_grads, retain_grads = eu.forget_and_retain_grads(losses_fn)(x, ())
+    state = tx.init(x)
+    _, after = tx.update(forget_grads, state, x, retain_grads=retain_grads, losses=losses)
+    assert state.multiplier.dtype == after.multiplier.dtype == expected
+    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, after)
+
+
+@pytest.mark.parametrize(
     ("settings", "named"),
     [
         ({"measure": "lookahead"}, "measure"),
