@@ -1,8 +1,11 @@
 """Steps and evaluations in turn: what the host does while the device works."""
 
+import contextlib
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -71,6 +74,45 @@ def run_to_the_end(
     show: Callable[[int, dict[str, np.ndarray]], None],
 ) -> None:
     """Chunks of steps and pauses in turn, to the last step or the first reason to stop."""
+    with _no_interrupt_lost() as check:
+        _chunks_and_pauses(ledger, plan, step, batch_at, inputs, hooks, show, check)
+
+
+@contextlib.contextmanager
+def _no_interrupt_lost() -> Iterator[Callable[[], None]]:
+    """check() raises an interrupt that got lost: raised in JAX's hook of the garbage collector, it is dropped."""
+    interrupted = False
+
+    def handler(number: int, frame: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if interrupted:
+            raise KeyboardInterrupt
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield check
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _chunks_and_pauses(
+    ledger: Ledger,
+    plan: Plan,
+    step: Callable[..., Any],
+    batch_at: Draw,
+    inputs: Inputs,
+    hooks: Hooks,
+    show: Callable[[int, dict[str, np.ndarray]], None],
+    check: Callable[[], None],
+) -> None:
     is_pause = lambda: ledger.done % plan.every == 0 or ledger.done == plan.steps
     if is_pause() and ledger.last_evaluation < ledger.done:
         _pause(ledger, hooks)
@@ -89,6 +131,7 @@ def run_to_the_end(
         if trouble is not None and not isinstance(trouble, Exception):
             # Ctrl-C: no evaluation first.
             raise trouble
+        check()
         show(ledger.done, ledger.seen)
         if start == 0 and ledger.done and ledger.seen["forget_loss"][0] < 0:
             warnings.warn(NEGATIVE, stacklevel=3)

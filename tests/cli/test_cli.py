@@ -249,6 +249,7 @@ def test_the_report_of_a_run_with_several_utilities(tmp_path):
         report.write(tmp_path / "checkpoints")
 
 
+@pytest.mark.slow
 def test_installed(tmp_path):
     """As a program, whose help and errors are words."""
     program = str(pathlib.Path(sys.executable).parent / "eupmu")

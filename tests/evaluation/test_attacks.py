@@ -19,6 +19,7 @@ from eupmu_jax.evaluation import likelihood_ratio_attack, logit_confidence, rele
 from eupmu_jax.evaluation.likelihood_ratio import area, true_positive_rate
 
 
+@pytest.mark.slow
 def test_import_leaves_the_extra_alone():
     code = (
         "import sys; import eupmu_jax.evaluation; "

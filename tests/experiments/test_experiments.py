@@ -528,6 +528,7 @@ def test_trials_of_other_settings_are_not_reused(finished, tmp_path):
         study.run(made, folder, lambda what, part: None)
 
 
+@pytest.mark.slow
 def test_help_teaches():
     command = [sys.executable, "-m", "experiments.classification", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)

@@ -66,6 +66,7 @@ def test_a_missing_extra_is_one_line_that_says_what_to_do():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [

@@ -1,5 +1,6 @@
 """The whole run: the steps it takes, what it keeps, and that nothing is lost when it breaks."""
 
+import contextlib
 import gc
 import json
 import os
@@ -444,6 +445,23 @@ def test_an_interrupt_keeps_the_steps_that_were_done(tmp_path, at):
     resumed, whole = run(forget=draw, every=10, folder=tmp_path), run(every=10)
     assert_same(resumed[0], whole[0])
     assert resumed[1].evaluations == whole[1].evaluations
+
+
+def test_an_interrupt_that_python_drops_still_ends_the_run(tmp_path):
+    """As in JAX's hook of the garbage collector, where an exception is printed and ignored."""
+    draw, sent = batches.forget_source(FORGET, 8, 0), []
+
+    def dropped(step):
+        if step == 12 and not sent:
+            sent.append(step)
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        return draw(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(forget=dropped, every=10, folder=tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_same(run(forget=draw, every=10, folder=tmp_path)[0], run(every=10)[0])
 
 
 def test_a_rule_to_stop_comes_before_data_that_ends():
