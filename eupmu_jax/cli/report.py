@@ -122,9 +122,10 @@ def read_promise(folder: pathlib.Path) -> Promise | None:
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_text())
-        arrays = {name: np.asarray(v) if isinstance(v, float | list) else v for name, v in values.items()}
-        return Promise(**arrays)
+        values: dict[str, Any] = json.loads(path.read_text())
+        for name, value in values.items():
+            values[name] = np.asarray(value) if isinstance(value, float | list) else value
+        return Promise(**values)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not the promise of a run: {error}") from error
 

@@ -101,9 +101,9 @@ def control(
       x_t &= g_t (3 v_t + 10 (e_t - e_{t-1}) / \delta) + I_t
 
     with sigma_t the standard deviation of one observation, from successive differences. v_t is kept
-    in [-1, 4] and x_t in [lowest, 8], by stopping the integral there. I_0 = 2.85 is what makes x = 0
-    at R_0, and x_0 = 0 whatever the first batch shows. A rise counts as 20 budgets at most, in a
-    difference 4, so that an outlier is soon forgotten.
+    in [-1, 4] and x_t in [lowest, 8], by stopping the integral there. I_0 = 3 g is what makes x = 0
+    at R_0, and follows g while the noise gets known, for 20 steps; x_0 = 0 whatever the first batch shows.
+    A rise counts as 20 budgets at most, in a difference 4, so that an outlier is soon forgotten.
     """
     measuring, first = state.steps < 0, state.steps == 0
     baseline = measured_baseline(state, losses.retain)
@@ -118,10 +118,12 @@ def control(
     # From x = 0 at R_0, whatever the gain is. It is known once the noise is: until then I_0 follows it.
     known = jnp.where(first, 0, noise_gain(state.noise, budget))
     settling = jnp.where(state.steps < NOISE_MEMORY, PROPORTIONAL * TARGET * (gain - known), 0)
-    integral = state.integral + settling + INTEGRAL * jnp.where(first, 0, gain * error)
+    # What the first batch does to the noise is forgotten with the second difference: nothing adds up before.
+    is_known = state.steps > 1
+    integral = state.integral + settling + INTEGRAL * jnp.where(is_known, gain * error, 0)
     # An integral that went on while the exponent is at its end would have to come all the way back (wind-up).
-    integral = jnp.clip(integral, lowest - reaction, HIGHEST - reaction)
-    exponent = reaction + integral
+    integral = jnp.where(is_known, jnp.clip(integral, lowest - reaction, HIGHEST - reaction), integral)
+    exponent = jnp.clip(reaction + integral, lowest, HIGHEST)
 
     share = jnp.max((seen.smoothed - baseline) / budget)
     floor, pace = floor_and_pace(state, share, budget)

@@ -125,7 +125,7 @@ def eupmu(
       ...     x, state = step(x, state, batch)
       >>> info = eu.surgery_info(state)  # the losses were 5 and 1 at the start
       >>> round(float(info.forget_loss), 2), round(float(info.retain_loss), 2)
-      (2.6, 1.47)
+      (2.57, 1.5)
 
     Source: EUPMU, arXiv 2510.22124; "directional", K utilities, budgets and skipping are ours.
     """

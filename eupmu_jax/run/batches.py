@@ -213,8 +213,7 @@ def shapes_of(batch: PyTree) -> tuple:
 
 def check_whole(value: object, name: str, least: int = 1, most: int = 10**9) -> None:
     """ValueError unless it is a whole number from `least` to `most`."""
-    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not is_whole or value < least:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
     if value > most:
         raise ValueError(f"{name} must be at most {most}, got {value!r}")

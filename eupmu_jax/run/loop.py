@@ -80,7 +80,7 @@ def run_to_the_end(
 
 @contextlib.contextmanager
 def _no_interrupt_lost() -> Iterator[Callable[[], None]]:
-    """check() raises an interrupt that got lost: raised in JAX's hook of the garbage collector, it is dropped."""
+    """check() raises an interrupt that was lost: in JAX's hook of the garbage collector Python drops it."""
     interrupted = False
 
     def handler(number: int, frame: object) -> None:

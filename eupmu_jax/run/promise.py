@@ -182,7 +182,8 @@ def within(trained: PyTree, of: Retained, constraint: Budget) -> tuple[PyTree, P
     which would end there if the loss were a line; then everything is measured again.
     """
     baseline, total = np.asarray(constraint.baseline, np.float32), np.asarray(constraint.total, np.float32)
-    for steps in range(MOST_REPAIRS + 1):
+    steps = 0
+    while True:
         rise = of.measure(trained) - baseline
         share = rise / total
         if np.all(share <= 1):
@@ -192,6 +193,7 @@ def within(trained: PyTree, of: Retained, constraint: Budget) -> tuple[PyTree, P
         excess = np.sum(np.maximum(share - AIM, 0))
         slope = of.gradient(trained, (np.asarray(share > AIM) / total).astype(np.float32), steps)
         trained = _polyak(trained, slope, jnp.float32(excess))
+        steps += 1
     nothing = np.zeros_like(baseline + total)
     return trained, Promise(baseline, total + nothing, nothing, nothing, of.examples, steps, False)
 

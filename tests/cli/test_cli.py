@@ -1,5 +1,6 @@
 """The command line and the models that it takes: whole runs, and bad input that ends in words."""
 
+import contextlib
 import json
 import pathlib
 import subprocess
@@ -134,7 +135,7 @@ def test_a_whole_run(files, tmp_path, capsys):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         *("apply.stablehlo", "checkpoints", "config.json", "curves.png", "evaluation.json"),
-        *("metrics.jsonl", "params.safetensors", "report.html", "run.json"),
+        *("metrics.jsonl", "params.safetensors", "promise.json", "report.html", "run.json"),
     }
     found = json.loads((folder / "evaluation.json").read_text())
     apply, params = eu.load_model(folder)
@@ -187,7 +188,10 @@ def test_a_whole_run(files, tmp_path, capsys):
     ],
 )
 def test_objectives_forget_classes_and_tokens(files, tmp_path, objective, kind):
-    main(arguments(files, tmp_path / "run", kind, objective=objective, budget=5, test=None))
+    bounded = objective != "gradient-ascent"
+    negative = contextlib.nullcontext() if bounded else pytest.warns(UserWarning, match="is negative")
+    with negative:
+        main(arguments(files, tmp_path / "run", kind, objective=objective, budget=5, test=None))
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     if objective != "kl-to-uniform":  # to which this model, that never learnt, can only come nearer
         assert found["after"]["forget"]["cross_entropy"] > found["before"]["forget"]["cross_entropy"]
@@ -218,12 +222,32 @@ def test_it_stops_where_told(files, tmp_path, capsys):
 
 def test_a_broken_model_is_no_success(files, tmp_path):
     settings = {"learning_rate": 3e38, "optimizer": "sgd", "objective": "gradient-ascent", "steps": 60}
-    with pytest.warns(UserWarning, match="steps were skipped"), pytest.raises(SystemExit, match="is broken"):
-        main(arguments(files, tmp_path / "run", **settings))
+    warned = lambda text: pytest.warns(UserWarning, match=text)
+    with warned("is negative"), warned("were skipped"), pytest.raises(SystemExit, match="is broken"):
+        main(arguments(files, tmp_path / "run", tolerance=0.1, **settings))
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert any(np.isnan(value) for row in found["after"].values() for value in row.values())
     nothing = scores(np.full((2, 3), np.nan, np.float32), {"y": np.zeros(2, int)})
     assert np.isnan(nothing["accuracy"]), "the first class is not what NaN predicts"
+
+
+def test_a_budget_that_is_not_kept_ends_with_3_and_the_model_that_came_in(files, tmp_path, capsys):
+    settings = {"learning_rate": 3e38, "optimizer": "sgd", "steps": 4}
+    with pytest.warns(UserWarning, match="could not be kept"), pytest.raises(SystemExit) as error:
+        main(arguments(files, tmp_path / "run", **settings))
+    assert error.value.code == 3
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found["after"] == found["before"]
+    assert "nothing is forgotten" in capsys.readouterr().out
+    assert "nothing is forgotten" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_bound_of_a_settings_file_can_be_replaced_by_the_other_kind(files, tmp_path):
+    main(arguments(files, tmp_path / "run"))
+    again = [str(tmp_path / "run" / "config.json"), f"--folder={tmp_path / 'other'}", "--tolerance=0.1"]
+    main(["unlearn", *again])
+    constraint = json.loads((tmp_path / "other" / "run.json").read_text())["constraint"]
+    assert constraint["type"] == "Tolerance"
 
 
 def test_inputs_of_another_width(files, tmp_path):

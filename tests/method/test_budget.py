@@ -154,11 +154,11 @@ def test_the_multiplier_of_given_losses(start, x64):
         error = np.clip(smoothed - TARGET, -1, 4)
         reaction = gain * (3 * error + 10 * (smoothed - before))
         integral += 3 * TARGET * (gain - known) if t < 20 else 0.0
-        integral += 0.1 * gain * error if t else 0.0
         known = gain
-        integral = np.clip(integral, -5 - reaction, 8 - reaction)
+        if t > 1:
+            integral = np.clip(integral + 0.1 * gain * error, -5 - reaction, 8 - reaction)
         factor = np.sqrt(np.clip(left, 0.01, 1)) if start > 0 else 1.0
-        exponent = 0.0 if t == 0 else reaction + integral
+        exponent = 0.0 if t == 0 else np.clip(reaction + integral, -5, 8)
         np.testing.assert_allclose(multipliers[t], first * factor * np.exp(exponent), rtol=1e-10)
 
 
