@@ -181,10 +181,10 @@ def test_a_whole_run(files, tmp_path, capsys):
         ("random-labels", "tokens"),
         ("unlikelihood", ""),
         ("gradient-ascent", "tokens"),
-        ("kl-to-uniform", ""),
-        ("npo", ""),
-        ("npo", "tokens"),
-        ("simnpo", "tokens"),
+        pytest.param("kl-to-uniform", "", marks=pytest.mark.slow),
+        pytest.param("npo", "", marks=pytest.mark.slow),
+        pytest.param("npo", "tokens", marks=pytest.mark.slow),
+        pytest.param("simnpo", "tokens", marks=pytest.mark.slow),
     ],
 )
 def test_objectives_forget_classes_and_tokens(files, tmp_path, objective, kind):

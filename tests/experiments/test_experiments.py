@@ -429,6 +429,7 @@ def test_gradient_evaluations(finished):
 
 
 @of_one_study
+@pytest.mark.slow
 def test_an_interrupted_study_ends_like_an_uninterrupted_one(finished, tmp_path):
     made, whole, _ = finished
     folder = report.start_run(tmp_path, "classification", TINY, "tiny")

@@ -10,6 +10,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 import eupmu_jax as eu
+from tests.representatives import slow_unless
 
 BUDGET, STEPS = 0.1, 500
 INNER = {
@@ -81,7 +82,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("inner", "rate"), CASES)
+@pytest.mark.parametrize(("inner", "rate"), slow_unless([("momentum", 0.001), ("adam", 1e-3)], CASES))
 def test_it_is_never_far_above_the_budget_for_more_than_a_few_steps(inner, rate):
     rises, _, _ = run(INNER[inner](rate), -1)
     above = np.flatnonzero(rises > 2)
