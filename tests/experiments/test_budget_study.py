@@ -67,6 +67,7 @@ def run_of(name, batches, **more):
     return params, pd.DataFrame(seen)
 
 
+@pytest.mark.slow
 def test_seeing_the_full_loss_is_eupmus_budget_where_a_batch_is_all_there_is():
     whole = batches_of(1)
     full = lambda params: retain_loss(LINEAR, params, jax.tree.map(lambda leaf: leaf[0], whole))
@@ -148,6 +149,7 @@ def test_the_grid_is_as_large_as_promised():
     np.testing.assert_allclose(restarts, [1, 0.5, 1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_convergence_curves_fall():
     frame = convergence.run(steps=200, seeds=1, problems=("quadratic",))
     ours = frame[(frame["method"] == "this package") & (frame["noise"] == "deterministic")]

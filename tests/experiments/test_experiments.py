@@ -146,6 +146,7 @@ def test_augmented_images_are_shifted_and_mirrored():
     assert len(seen) > 50
 
 
+@pytest.mark.slow
 def test_prediction_normalises_by_the_calibration_images():
     """With one batch as its calibration, prediction on that batch is the training-mode forward pass."""
     classifier = make_classifier(ResNet18(3, width=4))
@@ -179,6 +180,7 @@ def test_the_sgd_recipe_step_by_step(data):
     assert_trees_close(got, params, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_augmentation_reaches_training_and_unlearning(data, classifier):
     train, rows = on_device(data.train), np.arange(300)
     trained = []

@@ -133,6 +133,7 @@ def collective_bytes(compiled):
     return sum(8 * math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", JIT_LAYOUTS)
 def test_no_more_is_reduced_under_jit_than_by_one_weighted_loss(layout, x64):
     """But for the K scalars, and under FSDP the parameters, that looking ahead or along a tangent takes."""

@@ -147,6 +147,7 @@ def test_accumulated_is_the_one_batch_step(layout, kind, x64):
         np.testing.assert_allclose(accumulated, one, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", ["lagged", pytest.param("lookahead", marks=pytest.mark.slow)])
 def test_what_accumulation_costs(measure):
     """One forward pass more, and the residuals of one micro-batch."""
