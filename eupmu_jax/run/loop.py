@@ -118,7 +118,7 @@ def _chunks_and_pauses(
         _pause(ledger, hooks)
     # The first chunk compiles, which tells nothing about the next: it is one step, and so is the second.
     length, is_compiled = 1, False
-    longest = CHUNK_BYTES // max(1, sum(leaf.nbytes for leaf in jax.tree.leaves(batch_at(0))))
+    longest = CHUNK_BYTES // max(1, sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(batch_at(0))))
     while ledger.done < plan.steps and ledger.stopped is None:
         edges = [(ledger.done // size + 1) * size for size in (plan.every, CHUNK_STEPS)]
         end = min(ledger.done + length, plan.steps, *edges)
