@@ -14,8 +14,9 @@ from eupmu_jax.method.types import Numbers
 # experiments/budget/convergence.md).
 PROPORTIONAL, INTEGRAL, DERIVATIVE = 3.0, 0.1, 10.0
 # The multiplier that holds R falls while the forget loss does: the integral is so many times faster below the
-# target, or the loop stays behind and the budget is not spent.
-FASTER_BELOW = 2.0
+# target, or the loop stays behind and the budget is not spent. Noise then lifts R a little above the target:
+# what is over in the end can be taken back, what was not spent cannot be forgotten any more.
+FASTER_BELOW = 3.0
 SMOOTHING = 0.8
 # The multiplier that holds R falls as what is left to forget does: this power of it, without waiting for R to
 # tell. Near the least of a quadratic U a power above 1/2 would feed back on itself.
@@ -23,9 +24,8 @@ FORESIGHT_POWER, LEAST_LEFT = 0.5, 0.01
 # The gains hold for observations whose noise is below this share of the budget; noisier ones lower them.
 NOISE = 0.25
 NOISE_MEMORY = 20
-# What is aimed at, and what is no longer told apart from "far above" it, in shares of the budget. A little above
-# the budget: what is over in the end can be taken back, what was not spent cannot be forgotten any more.
-TARGET, FAR_ABOVE, OUTLIER = 1.05, 4.0, 20.0
+# What is aimed at, and what is no longer told apart from "far above" it, in shares of the budget.
+TARGET, FAR_ABOVE, OUTLIER = 1.0, 4.0, 20.0
 # Of the exponent: beyond these the weights hardly change, and coming back would take the longer.
 LOWEST, HIGHEST = -5.0, 8.0
 MEASURING_STEPS = 10
@@ -99,13 +99,13 @@ def control(
 
     .. math::
       e_t &= 0.8\, e_{t-1} + 0.2\, R_t, \qquad e_{-1} = R_0 \\
-      v_t &= (e_t - R_0) / \delta - 1.05 \\
+      v_t &= (e_t - R_0) / \delta - 1 \\
       g_t &= \min(1, 0.25\, \delta / \sigma_t) \\
       I_t &= I_{t-1} + 0.1\, g_t v_t\, (3 \text{ where } v_t < 0 \text{ else } 1) \\
       x_t &= g_t (3 v_t + 10 (e_t - e_{t-1}) / \delta) + I_t
 
     with sigma_t the standard deviation of one observation, from successive differences. v_t is kept
-    in [-1.05, 4] and x_t in [lowest, 8], by stopping the integral there. I_0 = 3.15 g is what makes x = 0
+    in [-1, 4] and x_t in [lowest, 8], by stopping the integral there. I_0 = 3 g is what makes x = 0
     at R_0, and follows g while the noise gets known, for 20 steps; x_0 = 0 whatever the first batch shows.
     A rise counts as 20 budgets at most, in a difference 4, so that an outlier is soon forgotten.
     """
