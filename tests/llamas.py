@@ -31,12 +31,7 @@ FAMILIES = {
     "llama": PLAIN,
     "SmolLM2": dataclasses.replace(PLAIN, tie_word_embeddings=True, rope_theta=1e5, num_key_value_heads=1),
     "Llama 3": dataclasses.replace(
-        PLAIN,
-        tie_word_embeddings=True,
-        head_dim=16,
-        rope_theta=500.0,
-        rope_scaling=LLAMA3,
-        eos_token_ids=(2, 5),
+        PLAIN, head_dim=16, rope_theta=500.0, rope_scaling=LLAMA3, eos_token_ids=(2, 5)
     ),
     "biases": dataclasses.replace(PLAIN, qkv_bias=True, o_bias=True, mlp_bias=True, num_key_value_heads=4),
     "Qwen2": dataclasses.replace(PLAIN, qkv_bias=True, rope_theta=1e6, rms_norm_eps=1e-2),

@@ -24,13 +24,10 @@ from experiments.shared.models.llama.model import (
 )
 from experiments.shared.models.llama.rope import frequencies
 from tests.llamas import FAMILIES, PLAIN, random_params, random_tokens, random_weights
+from tests.representatives import slow_unless
 
 ALL = (*ATTENTION, *FEED_FORWARD)
 logits = jax.jit(model.logits, static_argnums=0)
-
-
-def slow(value):
-    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def straight_line(config: Config, params, tokens):
@@ -129,7 +126,7 @@ def mean_loss(config, params, tokens, compute, chunk):
     return -jnp.mean(token_log_probs(config, params, tokens[:, :-1], tokens[:, 1:], (), compute, chunk))
 
 
-@pytest.mark.parametrize("chunk", [slow(4), 5, slow(12), slow(64)])
+@pytest.mark.parametrize("chunk", slow_unless([5], [4, 5, 12, 64]))
 def test_log_probs_in_chunks(chunk, x64):
     config = FAMILIES["Qwen3"]
     params, tokens = random_params(config, jnp.float64), random_tokens(config, 2, 13)
@@ -218,8 +215,9 @@ def test_specs_split_every_matrix_over_both_axes():
     assert sharding.spec("lora.q_proj.down") == P()
 
 
-@pytest.mark.parametrize("axes", [("fsdp", "tensor"), slow(("tensor",)), slow(("data",))])
+@pytest.mark.parametrize("axes", slow_unless(["fsdp tensor"], ["fsdp tensor", "tensor", "data"]))
 def test_a_mesh_changes_nothing(axes, x64):
+    axes = tuple(axes.split())
     config = dataclasses.replace(PLAIN, vocab_size=64, tie_word_embeddings=True)
     params, tokens = random_params(config, jnp.float64), random_tokens(config, 4, 9)
     loss = jax.jit(jax.value_and_grad(lambda p, t: mean_loss(config, p, t, Compute(True, 4), 4)))
@@ -246,7 +244,7 @@ def test_new_adapters_change_nothing():
         initial_weights(PLAIN, jax.random.key(0), 2, ["query"])
 
 
-@pytest.mark.parametrize("family", [slow("biases"), "Qwen3"])
+@pytest.mark.parametrize("family", slow_unless(["Qwen3"], ["biases", "Qwen3"]))
 def test_merged_is_unmerged(family, x64):
     config = FAMILIES[family]
     params, tokens = random_params(config, jnp.float64), random_tokens(config, 2, 6)
@@ -299,7 +297,7 @@ def slow_greedy(config, params, prompt, new, adapters=()):
     return text[len(prompt) :]
 
 
-@pytest.mark.parametrize("family", ["Llama 3", slow("Qwen3 with biases")])
+@pytest.mark.parametrize("family", slow_unless(["Llama 3"], ["Llama 3", "Qwen3 with biases"]))
 def test_cached_greedy_is_uncached(family):
     config = FAMILIES[family]
     params = random_params(config)
@@ -310,7 +308,7 @@ def test_cached_greedy_is_uncached(family):
     assert found.length.tolist() == [NEW] * 3
 
 
-@pytest.mark.parametrize("sampled", [slow(False), True])
+@pytest.mark.parametrize("sampled", slow_unless([True], [False, True]))
 def test_a_batch_is_its_texts_one_by_one(sampled):
     params = random_params(PLAIN)
     keys = jax.random.split(jax.random.key(5), 3) if sampled else None
