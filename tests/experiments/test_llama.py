@@ -89,7 +89,7 @@ def straight_line(config: Config, params, tokens):
     return np.array([head @ norm(v, p["norm"]["weight"]) for v in x])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_unless(["Llama 3", "biases", "Qwen3"], FAMILIES))
 def test_logits_in_float64(family, x64):
     config = FAMILIES[family]
     params, tokens = random_params(config, jnp.float64), random_tokens(config, 2, 12)
@@ -128,16 +128,16 @@ def mean_loss(config, params, tokens, compute, chunk):
 
 @pytest.mark.parametrize("chunk", slow_unless([5], [4, 5, 12, 64]))
 def test_log_probs_in_chunks(chunk, x64):
-    config = FAMILIES["Qwen3"]
-    params, tokens = random_params(config, jnp.float64), random_tokens(config, 2, 13)
+    params, tokens = random_params(PLAIN, jnp.float64), random_tokens(PLAIN, 2, 13)
 
     def whole(params):
-        log_p = jax.nn.log_softmax(model.logits(config, params, tokens[:, :-1]))
+        log_p = jax.nn.log_softmax(model.logits(PLAIN, params, tokens[:, :-1]))
         return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], -1))
 
     expected, expected_grads = jax.jit(jax.value_and_grad(whole))(params)
-    compute = Compute(remat=True, query_chunk=4, unroll=True)
-    loss = lambda params: mean_loss(config, params, tokens, compute, chunk)
+    # To lay out the layers takes long to compile.
+    compute = Compute(remat=True, query_chunk=4, unroll=chunk == 64)
+    loss = lambda params: mean_loss(PLAIN, params, tokens, compute, chunk)
     found, grads = jax.jit(jax.value_and_grad(loss))(params)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), grads, expected_grads)
@@ -164,10 +164,8 @@ def test_a_chunk_that_does_not_divide_the_queries_is_refused():
 def test_targets_outside_the_vocabulary_count_nothing():
     params, tokens = random_params(PLAIN), random_tokens(PLAIN, 1, 6)
     targets = tokens.at[0, 3].set(-100).at[0, 4].set(PLAIN.vocab_size)
-    total = lambda p: ((log_p := token_log_probs(PLAIN, p, tokens, targets)).sum(), log_p)
-    grads, found = jax.jit(jax.grad(total, has_aux=True))(params)
-    assert (np.asarray(found[0]) == 0).tolist() == [False, False, False, True, True, False]
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    found = jax.jit(token_log_probs, static_argnums=0)(PLAIN, params, tokens, targets)[0]
+    assert (np.asarray(found) == 0).tolist() == [False, False, False, True, True, False]
 
 
 def test_map_logits_gives_greedy_hits():
@@ -188,14 +186,19 @@ def test_later_tokens_do_not_change_earlier_ones():
     assert same.tolist() == [True] * 5 + [False] * 3
 
 
-def test_bfloat16_stays_bfloat16_and_is_near():
+def test_bfloat16_stays_bfloat16():
+    params, tokens = param_shapes(FAMILIES["biases"], jnp.bfloat16), jnp.zeros((1, 8), jnp.int32)
+    shape = lambda function: jax.eval_shape(lambda p: function(FAMILIES["biases"], p, tokens), params)
+    assert shape(hidden_states).dtype == jnp.bfloat16
+    assert shape(model.logits).dtype == jnp.float32
+
+
+@pytest.mark.slow
+def test_bfloat16_is_near():
     config = FAMILIES["Qwen2"]
     params, tokens = random_params(config, jnp.bfloat16), random_tokens(config, 1, 8)
-    assert jax.eval_shape(lambda: hidden_states(config, params, tokens)).dtype == jnp.bfloat16
-    found = logits(config, params, tokens)
-    assert found.dtype == jnp.float32
     exact = logits(config, jax.tree.map(lambda x: x.astype(jnp.float32), params), tokens)
-    np.testing.assert_allclose(found, exact, atol=0.15)
+    np.testing.assert_allclose(logits(config, params, tokens), exact, atol=0.15)
 
 
 # Meshes
@@ -272,6 +275,7 @@ def test_an_adapter_is_its_product():
     np.testing.assert_array_equal(*others)
 
 
+@pytest.mark.slow
 def test_gradients_reach_adapters_alone():
     params, tokens = random_params(PLAIN), random_tokens(PLAIN, 1, 6)
     weights = random_weights(PLAIN, ALL)
@@ -308,18 +312,18 @@ def test_cached_greedy_is_uncached(family):
     assert found.length.tolist() == [NEW] * 3
 
 
-@pytest.mark.parametrize("sampled", slow_unless([True], [False, True]))
-def test_a_batch_is_its_texts_one_by_one(sampled):
+@pytest.mark.parametrize(
+    ("sampled", "row"), slow_unless([(True, 1)], [(True, 0), (True, 1), (True, 2), (False, 1)])
+)
+def test_a_batch_is_its_texts_one_by_one(sampled, row):
+    """Alone there is no padding, which changes neither what is seen nor what is drawn."""
     params = random_params(PLAIN)
     keys = jax.random.split(jax.random.key(5), 3) if sampled else None
-    whole = generate(PLAIN, params, padded(PROMPTS), NEW, keys=keys, temperature=2.0)
-    longer = generate(PLAIN, params, padded(PROMPTS, 9), NEW, keys=keys, temperature=2.0)
-    assert longer.tokens.tolist() == whole.tokens.tolist()
-    for row, prompt in enumerate(PROMPTS):
-        own = None if keys is None else keys[row : row + 1]
-        alone = generate(PLAIN, params, padded([prompt], 5), NEW, keys=own, temperature=2.0)
-        assert alone.tokens[0].tolist() == whole.tokens[row].tolist()
-    assert len({tuple(row) for row in whole.tokens.tolist()}) == 3
+    whole = generate(PLAIN, params, padded(PROMPTS), NEW, keys=keys, temperature=2.0).tokens
+    own = None if keys is None else keys[row : row + 1]
+    alone = generate(PLAIN, params, padded(PROMPTS[row : row + 1]), NEW, keys=own, temperature=2.0).tokens
+    assert alone[0].tolist() == whole[row].tolist()
+    assert len({tuple(tokens) for tokens in whole.tolist()}) == 3
 
 
 @pytest.mark.slow

@@ -104,6 +104,8 @@ def beside(folder: pathlib.Path, config: Config, like: pathlib.Path) -> dict[str
         reader = gguf_file.open_gguf(like)
         found = gguf_file.read_config(reader)
         load_tokenizer(like).save(str(folder / tokens.TOKENIZER))
+        settings = tokens.gguf_tokenizer_config(reader)
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
         raw = to_hugging_face(config)
     else:
         found = hugging_face.read_config(like)

@@ -66,6 +66,17 @@ def gguf_tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
     return tokenizer
 
 
+def gguf_tokenizer_config(reader: gguf.GGUFReader) -> dict[str, str]:
+    """The tokenizer_config.json that transformers wants beside a tokenizer.json."""
+    words = field(reader, "tokenizer.ggml.tokens")
+    roles = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+    found = {role: reader.fields.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
+    config = {role: words[number.contents()] for role, number in found.items() if number is not None}
+    if template := field(reader, "tokenizer.chat_template", ""):
+        config["chat_template"] = template
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+
+
 def chatml(messages: Iterable[Mapping[str, str]]) -> str:
     """SmolLM2's prompt: messages {"role": ..., "content": ...}, then the start of the assistant's answer.
 
