@@ -45,14 +45,13 @@ class Cache(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Where tokens stand: `at` [T]; the text of row b begins at slot first[b], and all before is padding."""
+    """Where tokens stand: `at` [T]; the text of row b begins at slot first[b], and all before is padding.
+
+    Slots serve as positions: the rotation makes scores depend on differences only.
+    """
 
     at: jax.Array
     first: jax.Array
-
-    @property
-    def positions(self) -> jax.Array:
-        return self.at - self.first[:, None]
 
 
 def wide(dtype: Any) -> Any:
@@ -125,7 +124,7 @@ class Attention(nnx.Module):
         query, key, value = (heads(p(x, adapters)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        turned = partial(rotated, positions=slots.positions, frequencies=frequencies(self.config))
+        turned = partial(rotated, positions=slots.at, frequencies=frequencies(self.config))
         query, key = turned(query), turned(key)
         if cache is not None:
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slots.at[0], axis=1)

@@ -23,12 +23,12 @@ def frequencies(config: Config) -> np.ndarray:
 
 
 def rotated(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
-    """x [B, T, H, D] turned by its positions [B or 1, T].
+    """x [B, T, H, D] turned by the positions [T].
 
     The pairs are (i, i + D/2), as in Hugging Face's weights; those of Meta and GGUF pair (2i, 2i + 1).
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    angles = positions[..., None, None].astype(wide.dtype) * jnp.asarray(frequencies, wide.dtype)
+    angles = positions[:, None, None].astype(wide.dtype) * jnp.asarray(frequencies, wide.dtype)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(wide, 2, -1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
