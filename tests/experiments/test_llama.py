@@ -180,6 +180,7 @@ def test_targets_outside_the_vocabulary_count_nothing():
     assert (np.asarray(found) == 0).tolist() == [False, False, False, True, True, False]
 
 
+@pytest.mark.slow
 def test_map_logits_gives_greedy_hits():
     params, tokens = random_params(PLAIN), random_tokens(PLAIN, 2, 7)
 
@@ -191,6 +192,7 @@ def test_map_logits_gives_greedy_hits():
     np.testing.assert_array_equal(hits(params), logits(PLAIN, params, tokens).argmax(-1) == tokens)
 
 
+@pytest.mark.slow
 def test_later_tokens_do_not_change_earlier_ones():
     params, tokens = random_params(PLAIN), random_tokens(PLAIN, 1, 8)
     found = logits(PLAIN, params, tokens), logits(PLAIN, params, tokens.at[0, 5].add(1) % PLAIN.vocab_size)
@@ -250,6 +252,7 @@ def test_a_mesh_changes_nothing(axes, x64):
 # Adapters
 
 
+@pytest.mark.slow
 def test_new_adapters_change_nothing():
     params, tokens = random_params(PLAIN), random_tokens(PLAIN, 1, 5)
     adapter = Adapter(2.0, initial_weights(PLAIN, jax.random.key(0), 2, ALL))
