@@ -8,7 +8,7 @@ forwards extra arguments, and takes None for the ``grads`` of `eupmu`.
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -239,6 +239,7 @@ def saddle_point(
 
     def update(updates, state, params=None, **extra_args):
         updates, state = tx.update(as_weighted(updates), state, as_weighted(params), **extra_args)
-        return nnx.State({"model": updates.params.raw_mapping, "weights": updates.weights}), state
+        moves = cast(method.Weighted, updates)
+        return nnx.State({"model": moves.params.raw_mapping, "weights": moves.weights}), state
 
     return optax.GradientTransformationExtraArgs(init, update)

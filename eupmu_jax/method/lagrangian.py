@@ -13,7 +13,7 @@ from eupmu_jax.method.controller import Controller, make_controller
 from eupmu_jax.method.eupmu import committed
 from eupmu_jax.method.implicit import implicit_surgery
 from eupmu_jax.method.losses import Losses, LossesFn, accumulation_dtype, as_means, check_losses_fn
-from eupmu_jax.method.state import SurgeryState
+from eupmu_jax.method.state import SurgeryState, surgery_state
 from eupmu_jax.method.types import Numbers, PyTree
 
 
@@ -219,7 +219,8 @@ def saddle_point(
         check_weighted(params, "params of saddle_point.update")
         losses = as_losses(updates.weights, state.surgery)
         grads = jax.tree.map(gradient_like, updates.params, params.params)
-        grads, stepped = surgery.update(grads, state.surgery, losses=losses)
+        grads, after = surgery.update(grads, state.surgery, losses=losses)
+        stepped = surgery_state(after)
         good = stepped.skipped_steps == state.surgery.skipped_steps
 
         def inner_update(grads, inner_state):
