@@ -142,7 +142,7 @@ def saddle_point(
 
     This equals ``optax.chain(implicit_surgery(constraint), inner)`` step for step: there, too, what is seen
     at theta_t weighs the gradient of step t + 1. The multiplier itself is in the state, and the update of the
-    weights is its w_{t+1} minus the weights that came in, so that their rounding does not add up.
+    weights is its w_{t+1} minus the weights that came in: what moved them is undone.
 
     Args:
       inner: the optimiser of the parameters: clipping, weight decay, masks and accumulated averages are put
