@@ -11,6 +11,7 @@ from eupmu_jax.method.eupmu import eupmu
 from eupmu_jax.method.explicit import explicit_surgery
 from eupmu_jax.method.gradient import forget_and_retain_grads
 from eupmu_jax.method.implicit import implicit_surgery
+from eupmu_jax.method.lagrangian import Weighted, lagrangian, saddle_point, weighted
 from eupmu_jax.method.layouts import training_step
 from eupmu_jax.method.losses import Losses, Mean
 from eupmu_jax.method.projection import unilateral_projection
@@ -30,6 +31,7 @@ __all__ = [
     "Promise",
     "SurgeryInfo",
     "Tolerance",
+    "Weighted",
     "accumulated",
     "eupmu",
     "exhausted",
@@ -37,14 +39,17 @@ __all__ = [
     "export_model",
     "forget_and_retain_grads",
     "implicit_surgery",
+    "lagrangian",
     "load_model",
     "multiplier",
     "over_forgetting",
     "reached",
+    "saddle_point",
     "surgery_info",
     "tensorboard",
     "training_step",
     "unilateral_projection",
     "unlearn",
     "verdict",
+    "weighted",
 ]

@@ -1,13 +1,14 @@
-"""What is Flax-specific: a Linen TrainState that hands extra arguments on, and NNX filters for `unlearn`.
+"""What is Flax-specific: a Linen TrainState that hands extra arguments on, and for NNX filters and a module.
 
-The transformations need nothing for NNX. ``nnx.Optimizer.update(model, grads, **extra_args)`` forwards extra
-arguments, and takes None for the ``grads`` of `eupmu`. ``multiplier(nnx.as_pure(optimizer.opt_state))``
-reads the state.
+The module is for trainers that take one loss and one optimiser: it is trained as `eu.Weighted` is. Where you
+own the step, the transformations need nothing for NNX: ``nnx.Optimizer.update(model, grads, **extra_args)``
+forwards extra arguments, and takes None for the ``grads`` of `eupmu`.
+``multiplier(nnx.as_pure(optimizer.opt_state))`` reads the state.
 """
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,10 @@ import optax
 from flax import nnx
 from flax.training import train_state
 
-from eupmu_jax.method.types import PyTree
+from eupmu_jax.method import lagrangian as method
+from eupmu_jax.method.constraints import Constraint
+from eupmu_jax.method.losses import Losses
+from eupmu_jax.method.types import Numbers, PyTree
 from eupmu_jax.run.leaves import name_of
 
 
@@ -127,3 +131,115 @@ def trainable(params: nnx.State, *filters: Any) -> Callable[[str], bool]:
     if not chosen:
         raise ValueError(f"params has no variable that {filters} accept")
     return chosen.__contains__
+
+
+class Weighted(nnx.Module):
+    """An NNX module of a model and of the weights of its losses: `eu.weighted` for trainers of modules.
+
+    It has the attributes ``model`` and ``weights``, and calling it calls the model.
+
+    Args:
+      model: the module to train; it is shared, not copied.
+      constraint: that of `saddle_point`.
+      initial_multiplier: that of `saddle_point`.
+
+    Raises:
+      TypeError, ValueError: as `eu.weighted`.
+
+    Example:
+      >>> from flax import nnx
+      >>> import eupmu_jax as eu
+      >>> from eupmu_jax.flax import Weighted
+      >>> module = Weighted(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), eu.Budget(0.1))
+      >>> module.weights[...]
+      Array([0.5, 0.5], dtype=float32)
+    """
+
+    def __init__(self, model: nnx.Module, constraint: Constraint, *, initial_multiplier: Numbers = 1.0):
+        params = nnx.as_pure(nnx.state(model, nnx.Param))
+        _, weights = method.weighted(params, constraint, initial_multiplier=initial_multiplier)
+        self.model = model
+        # Trainers choose what they train by its kind: nnx.Param, or nnx.LoRAParam for a model with adapters.
+        # This is both, so that either filter takes the weights along.
+        self.weights = nnx.LoRAParam(weights)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+
+def lagrangian(losses_fn: Callable[[Any, Any], Losses]) -> Callable[[Weighted, PyTree], jax.Array]:
+    """One scalar loss for trainers of NNX modules: `eu.lagrangian` of a `Weighted` module.
+
+    Args:
+      losses_fn: function (model, batch) -> `eu.Losses`, the losses themselves and not their logarithms.
+
+    Returns:
+      A function (module, batch) -> [], float32 or wider, for ``nnx.value_and_grad``. What the model changes
+      in itself, such as batch statistics, it changes as in any loss of NNX.
+
+    Raises:
+      TypeError, ValueError: as `eu.lagrangian`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import eupmu_jax as eu
+      >>> from eupmu_jax.flax import Weighted, lagrangian
+      >>> losses_fn = lambda model, batch: eu.Losses(jnp.sum(model(batch) ** 2), jnp.float32(2.0))
+      >>> module = Weighted(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), eu.Budget(0.1))
+      >>> nnx.grad(lagrangian(losses_fn))(module, jnp.zeros((1, 3)))["weights"][...]
+      Array([0., 2.], dtype=float32)
+    """
+    loss_fn = method.lagrangian(losses_fn)
+    return lambda module, batch: loss_fn(method.Weighted(module.model, module.weights[...]), batch)
+
+
+def saddle_point(
+    inner: optax.GradientTransformation, constraint: Constraint, *, initial_multiplier: Numbers = 1.0
+) -> optax.GradientTransformationExtraArgs:
+    """The optimiser of a `Weighted` module: `eu.saddle_point` of its state.
+
+    Args:
+      inner: the optimiser of the model's parameters.
+      constraint: as for `eu.saddle_point`.
+      initial_multiplier: as for `eu.saddle_point`.
+
+    Returns:
+      A GradientTransformationExtraArgs for ``nnx.Optimizer(module, tx, wrt=...)``, where ``wrt`` is
+      ``nnx.Param``, ``nnx.LoRAParam`` or another filter that accepts the weights, which are an
+      ``nnx.LoRAParam``. Then ``optimizer.update(module, grads)``, and
+      ``eu.surgery_info(nnx.as_pure(optimizer.opt_state))``.
+
+    Raises:
+      KeyError: a state without the weights: ``wrt`` does not accept them, or the module is no `Weighted`.
+      TypeError, ValueError: as `eu.saddle_point`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> import eupmu_jax as eu
+      >>> from eupmu_jax.flax import Weighted, lagrangian, saddle_point
+      >>> losses_fn = lambda model, x: eu.Losses(jnp.mean(model(x) ** 2), jnp.mean((model(x) - 1) ** 2))
+      >>> module = Weighted(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), eu.Tolerance(0.01))
+      >>> tx = saddle_point(optax.sgd(0.1), eu.Tolerance(0.01))
+      >>> optimizer = nnx.Optimizer(module, tx, wrt=nnx.Param)
+      >>> grads = nnx.grad(lagrangian(losses_fn))(module, jnp.zeros((4, 3)))
+      >>> updates = optimizer.update(module, grads)
+      >>> float(eu.surgery_info(nnx.as_pure(optimizer.opt_state)).retain_loss)
+      1.0
+    """
+    tx = method.saddle_point(inner, constraint, initial_multiplier=initial_multiplier)
+
+    def as_weighted(state: Any) -> method.Weighted:
+        return method.Weighted(state["model"], state["weights"])
+
+    def init(params):
+        # Optax's own tools call this with a placeholder for the parameters.
+        return tx.init(as_weighted(params) if isinstance(params, nnx.State) else params)
+
+    def update(updates, state, params=None, **extra_args):
+        updates, state = tx.update(as_weighted(updates), state, as_weighted(params), **extra_args)
+        moves = cast(method.Weighted, updates)
+        return nnx.State({"model": moves.params.raw_mapping, "weights": moves.weights}), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

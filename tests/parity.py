@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 import eupmu_jax as eu
 
 STEPS, ROWS, FEATURES, WIDTH = 12, 32, 5, 8
-KINDS = ["lookahead", "lagged", "directional", "implicit", "explicit"]
+KINDS = ["lookahead", "lagged", "directional", "implicit", "explicit", "lagrangian"]
 JIT_LAYOUTS = ["jit", "jit, FSDP", "jit, Explicit axes"]
 AXIS_LAYOUTS = ["shard_map", "shard_map, check_vma=False", "pmap"]
 LAYOUTS = JIT_LAYOUTS + AXIS_LAYOUTS
@@ -79,6 +79,8 @@ def make_transformation(kind, losses_fn, utilities, axis_name=None):
 
 def make_step(kind, losses_fn, utilities, axis_name):
     """A step (params, state, batch) -> (params, state), and init."""
+    if kind == "lagrangian":
+        return make_lagrangian_step(losses_fn, utilities, axis_name)
     surgery, tx = make_transformation(kind, losses_fn, utilities, axis_name)
 
     def step(params, state, batch):
@@ -95,6 +97,33 @@ def make_step(kind, losses_fn, utilities, axis_name):
         return optax.apply_updates(params, updates), state
 
     return step, tx.init
+
+
+def make_lagrangian_step(losses_fn, utilities, axis_name):
+    """As a trainer does it: one loss, the mean of its gradients; the weights travel beside the state."""
+    settings = {"initial_multiplier": jnp.asarray(1.0) if utilities == 1 else jnp.ones(utilities)}
+    tolerance = eu.Tolerance(-0.01, dual_optimizer=optax.sgd(0.3))
+    tx = eu.saddle_point(optax.sgd(0.05, momentum=0.9), tolerance, **settings)
+
+    def of_all_devices(params, batch):
+        losses = losses_fn(params, batch)
+        return jax.lax.psum(losses, axis_name) if axis_name else losses  # totals and counts
+
+    def step(params, state, batch):
+        weights, state = state
+        weighted = eu.Weighted(params, weights)
+        grads = jax.grad(eu.lagrangian(of_all_devices))(weighted, batch)
+        if axis_name:
+            grads = jax.lax.pmean(grads, axis_name)
+        updates, state = tx.update(grads, state, weighted)
+        params, weights = optax.apply_updates(weighted, updates)
+        return params, (weights, state)
+
+    def init(params):
+        weighted = eu.weighted(params, tolerance, **settings)
+        return weighted.weights, tx.init(weighted)
+
+    return step, init
 
 
 def on_layout(layout, step):

@@ -1,5 +1,6 @@
 """Linen and NNX models, with batch norm and dropout, through eupmu and implicit_surgery."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 import eupmu_jax as eu
-from eupmu_jax.flax import TrainState
+from eupmu_jax.flax import TrainState, Weighted, lagrangian, saddle_point
 
 X = jax.random.normal(jax.random.key(0), (64, 8))
 Y = (X[:, 0] > 0).astype(jnp.int32)
@@ -225,3 +226,95 @@ def test_lora_filter_on_nnx_moves_the_adapters_only(through):
     last = nnx_losses(model, BATCH)
     np.testing.assert_array_equal(model.hidden.kernel[...], weights)
     assert float(last.forget + last.retain) < float(first.forget + first.retain)
+
+
+# The Lagrangian: a trainer that knows one loss and one optimiser.
+
+
+class Plain(nnx.Module):
+    def __init__(self, rngs, adapted):
+        self.hidden = (
+            nnx.LoRALinear(8, 32, lora_rank=2, rngs=rngs) if adapted else nnx.Linear(8, 32, rngs=rngs)
+        )
+        self.out = nnx.Linear(32, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(nnx.relu(self.hidden(x)))
+
+
+@nnx.jit
+def train_step(module, optimizer, batch):
+    """As trainers write it."""
+    loss, grads = nnx.value_and_grad(lagrangian(nnx_losses), argnums=nnx.DiffState(0, optimizer.wrt))(
+        module, batch
+    )
+    optimizer.update(module, grads)
+    return loss
+
+
+@pytest.mark.parametrize("wrt", [nnx.Param, nnx.LoRAParam])
+def test_nnx_through_a_trainer_of_one_loss(wrt):
+    """Equal to implicit_surgery on the same leaves, and the filters of trainers take the weights along."""
+    budget, inner = eu.Budget(0.1, baseline=0.5), optax.sgd(0.1, momentum=0.9)
+    module = Weighted(Plain(nnx.Rngs(0), adapted=wrt is nnx.LoRAParam), budget)
+    optimizer = nnx.Optimizer(module, saddle_point(inner, budget), wrt=wrt)
+    graphdef, params, rest = nnx.split(module.model, wrt, ...)
+    params = jax.tree.map(jnp.copy, params)
+    frozen = jax.tree.map(jnp.copy, nnx.state(module.model, nnx.Not(wrt)))
+
+    losses_fn = lambda params, batch: nnx_losses(nnx.merge(graphdef, params, rest), batch)
+    surgery = eu.implicit_surgery(budget)
+    tx = optax.chain(surgery, inner)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        losses, grads = surgery.value_and_grad(losses_fn)(params, BATCH, state)
+        updates, state = tx.update(grads, state, params, losses=losses)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(20):
+        loss = train_step(module, optimizer, BATCH)
+        params, state = step(params, state)
+    info = eu.surgery_info(nnx.as_pure(optimizer.opt_state))
+    chex.assert_trees_all_close(nnx.as_pure(nnx.state(module.model, wrt)), nnx.as_pure(params), rtol=1e-4)
+    chex.assert_trees_all_close(info, eu.surgery_info(state), rtol=1e-4)
+    chex.assert_trees_all_equal(nnx.state(module.model, nnx.Not(wrt)), frozen)
+    weights = np.array([1, info.multiplier]) / (1 + info.multiplier)
+    np.testing.assert_allclose(module.weights[...], weights, rtol=1e-6)
+    assert not np.allclose(weights, 0.5)
+    assert np.isfinite(loss)
+    np.testing.assert_array_equal(module(X), module.model(X))
+
+
+def test_nnx_accumulates_with_batch_norm_and_dropout():
+    """MultiSteps, as a trainer wraps whatever optimiser it is given; statistics move in every micro-batch."""
+    budget = eu.Budget(0.1, baseline=0.2)
+    module = Weighted(NNX(nnx.Rngs(0)), budget)
+    tx = optax.MultiSteps(saddle_point(optax.adam(1e-2), budget), 2)
+    optimizer = nnx.Optimizer(module, tx, wrt=nnx.Param)
+    mean = jnp.array(module.model.norm.mean[...])
+    kernel = jnp.array(module.model.out.kernel[...])
+    moved = []
+    for _ in range(160):
+        train_step(module, optimizer, BATCH)
+        moved.append(not np.array_equal(module.model.out.kernel[...], kernel))
+        kernel = jnp.array(module.model.out.kernel[...])
+    assert moved == [False, True] * 80
+    assert not np.allclose(module.model.norm.mean[...], mean)
+    info = eu.surgery_info(nnx.as_pure(optimizer.opt_state))
+    assert int(info.skipped_steps) == 0
+    assert float(info.retain_loss) < 0.5
+    module.eval()
+    assert retain_accuracy(module(X)) > 0.85
+
+
+def test_nnx_says_what_leaves_the_weights_out():
+    module = Weighted(Plain(nnx.Rngs(0), adapted=False), eu.Budget(0.1))
+    tx = saddle_point(optax.sgd(0.1), eu.Budget(0.1))
+    with pytest.raises(KeyError, match="weights"):
+        nnx.Optimizer(module, tx, wrt=nnx.PathContains("model"))
+    state = tx.init(nnx.state(module, nnx.Param))
+    chex.assert_trees_all_equal(optax.tree.map_params(tx, lambda leaf: leaf, state), state)
+    with pytest.raises(ValueError, match="leave log_losses out"):
+        Weighted(module.model, eu.Tolerance(0.0, log_losses=True))

@@ -38,7 +38,9 @@ def entries(doc: str, section: str) -> list[str]:
 
 def in_signature(thing) -> list[str]:
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    parameters = inspect.signature(thing).parameters.values()
+    # The class of NNX modules hides their own signature.
+    made_by = vars(thing).get("__init__", thing) if inspect.isclass(thing) else thing
+    parameters = inspect.signature(made_by).parameters.values()
     return [stars.get(each.kind, "") + each.name for each in parameters if each.name != "self"]
 
 

@@ -190,14 +190,14 @@ def controlled(
             stepped = controller.after(stepped, at.losses, -at.push_forward(direction).retain)
         usable &= is_sound(stepped, before=state.surgery)
 
-        new_updates, inner_state = _committed(usable & ~controller.holds(stepped), inner_update, *step)
+        new_updates, inner_state = committed(usable & ~controller.holds(stepped), inner_update, *step)
         surgery = select(usable, applied(stepped, at.losses), skipped(state.surgery))
         return new_updates, EupmuState(surgery, inner_state)
 
     return Eupmu(init_fn, update_fn)
 
 
-def _committed(
+def committed(
     moving: jax.Array,
     inner_update: Callable[..., tuple[PyTree, PyTree]],
     direction: PyTree,

@@ -122,7 +122,7 @@ def surgery_state(state: PyTree) -> SurgeryState:
     found = [node for node in jax.tree.leaves(state, is_leaf=is_surgery) if is_surgery(node)]
     if len(found) != 1:
         raise ValueError(
-            f"expected exactly one state of eupmu or implicit_surgery in the optimiser's state, "
+            "expected exactly one state of eupmu, implicit_surgery or saddle_point in the optimiser's state, "
             f"found {len(found)} in {type(state).__name__}"
             + (": pass the sub-state of the one you mean" if found else "")
         )
@@ -133,11 +133,11 @@ def multiplier(state: PyTree) -> jax.Array:
     """The multiplier that the next gradient is weighted with, wherever it sits in `state`.
 
     After update t it is lambda_{t+1} for the look-ahead and directional measures and for
-    `implicit_surgery`. The lagged measure of `eupmu` takes its dual step at the start of a step, so
-    there it is the lambda_t that update t used.
+    `implicit_surgery` and `saddle_point`. The lagged measure of `eupmu` takes its dual step at the start of
+    a step, so there it is the lambda_t that update t used.
 
     Args:
-      state: the state of `eupmu` or `implicit_surgery`, or of any chain, mask, partition,
+      state: the state of `eupmu`, `implicit_surgery` or `saddle_point`, or of any chain, mask, partition,
         inject_hyperparams, ... around one of them. For an nnx.Optimizer pass
         ``nnx.as_pure(optimizer.opt_state)``.
 

@@ -39,6 +39,7 @@ FAST = [
     *((layout, kind, 3) for layout in ("jit", "jit, FSDP", "shard_map") for kind in KINDS),
     *((layout, kind, 3) for layout in LAYOUTS for kind in ("lookahead", "explicit")),
     *((layout, kind, 1) for layout in ("jit", "shard_map") for kind in ("lagged", "explicit")),
+    *((layout, "lagrangian", 3) for layout in ("shard_map, check_vma=False", "pmap")),
 ]
 
 
@@ -175,7 +176,8 @@ def test_no_more_is_reduced_under_jit_than_by_one_weighted_loss(layout, x64):
             *(("shard_map", kind) for kind in ("lookahead", "lagged", "explicit")),
             ("shard_map, check_vma=False", "lookahead"),
         ],
-        [(layout, kind) for layout in ("shard_map", "shard_map, check_vma=False") for kind in KINDS],
+        # Those of the Lagrangian are the trainer's.
+        [(layout, kind) for layout in AXIS_LAYOUTS[:2] for kind in KINDS if kind != "lagrangian"],
     ),
 )
 def test_collectives_of_the_compiled_step(layout, kind, x64):
