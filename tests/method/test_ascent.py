@@ -22,20 +22,34 @@ INNER = {
 
 
 def cross_entropy(params, rows):
-    hidden = jax.nn.relu(jax.nn.relu(rows[0] @ params["a"]) @ params["b"])
+    x = rows[0]
+    if params["a"].ndim == 4:
+        layout = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(
+            x.reshape(-1, 8, 8, 1), params["a"], (2, 2), "SAME", dimension_numbers=layout
+        )
+        first = x.reshape(len(x), -1)
+    else:
+        first = x @ params["a"]
+    hidden = jax.nn.relu(jax.nn.relu(first) @ params["b"])
     return optax.softmax_cross_entropy_with_integer_labels(hidden @ params["c"], rows[1]).mean()
 
 
+SHAPES = {
+    "mlp": {"a": (64, 64), "b": (64, 64), "c": (64, 10)},
+    "cnn": {"a": (3, 3, 1, 16), "b": (256, 64), "c": (64, 10)},
+}
+
+
 @cache
-def problem():
+def problem(network):
     """Trained parameters, the forget and the retain set."""
     x, y = load_digits(return_X_y=True)
     x, y = jnp.asarray(x[:1000] / 16, jnp.float32), jnp.asarray(y[:1000])
     keys = jax.random.split(jax.random.key(0), 3)
-    shapes = {"a": (64, 64), "b": (64, 64), "c": (64, 10)}
     params = {
-        name: jax.random.normal(key, shape) / shape[0] ** 0.5
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+        name: jax.random.normal(key, shape) / np.prod(shape[:-1]) ** 0.5
+        for key, (name, shape) in zip(keys, SHAPES[network].items(), strict=True)
     }
     adam = optax.adam(3e-3)
 
@@ -49,9 +63,9 @@ def problem():
     return params, (x[:100], y[:100]), (x[100:], y[100:])
 
 
-def run(inner, sign):
+def run(inner, sign, network="mlp"):
     """The rise of the whole retain set after each step, in shares of the budget, and the end."""
-    params, forget, retain = problem()
+    params, forget, retain = problem(network)
     before = float(cross_entropy(params, retain))
     batches = lambda count: np.random.default_rng(count).integers(0, count, (STEPS, 64))
     take = lambda part, rows: (part[0][rows], part[1][rows])
@@ -80,11 +94,13 @@ CASES = [
     ("sgd", 0.01), ("sgd", 0.1), ("momentum", 0.001), ("momentum", 0.01),
     ("adam", 1e-4), ("adam", 1e-3), ("muon", 1e-3),
 ]  # fmt: skip
+CASES = [(*case, network) for network in SHAPES for case in CASES]
+FAST = [("momentum", 0.001, "mlp"), ("adam", 1e-3, "mlp")]
 
 
-@pytest.mark.parametrize(("inner", "rate"), slow_unless([("momentum", 0.001), ("adam", 1e-3)], CASES))
-def test_it_is_never_far_above_the_budget_for_more_than_a_few_steps(inner, rate):
-    rises, _, _ = run(INNER[inner](rate), -1)
+@pytest.mark.parametrize(("inner", "rate", "network"), slow_unless(FAST, CASES))
+def test_it_is_never_far_above_the_budget_for_more_than_a_few_steps(inner, rate, network):
+    rises, _, _ = run(INNER[inner](rate), -1, network)
     above = np.flatnonzero(rises > 2)
     stretches = np.split(above, np.flatnonzero(np.diff(above) > 1) + 1)
     # Momentum carries on for ten steps, and the average of the losses tells a step or two late.
@@ -101,7 +117,7 @@ def test_it_forgets_what_a_bounded_objective_forgets(inner, rate):
 
 
 def test_unlearn_returns_it_within_the_budget():
-    params, forget, retain = problem()
+    params, forget, retain = problem("mlp")
     losses_fn = lambda params, batch: eu.Losses(
         -cross_entropy(params, batch["forget"]), cross_entropy(params, batch["retain"])
     )
