@@ -13,6 +13,10 @@ from eupmu_jax.method.types import Numbers
 # the losses and the learning rate, so that one setting serves all (derived in
 # experiments/budget/convergence.md).
 PROPORTIONAL, INTEGRAL, DERIVATIVE = 3.0, 0.1, 10.0
+# The multiplier that holds R falls while the forget loss does: the integral is so many times faster below the
+# target, or the loop stays behind and the budget is not spent. Noise then lifts R a little above the target:
+# what is over in the end can be taken back, what was not spent cannot be forgotten any more.
+FASTER_BELOW = 3.0
 SMOOTHING = 0.8
 # The multiplier that holds R falls as what is left to forget does: this power of it, without waiting for R to
 # tell. Near the least of a quadratic U a power above 1/2 would feed back on itself.
@@ -97,7 +101,7 @@ def control(
       e_t &= 0.8\, e_{t-1} + 0.2\, R_t, \qquad e_{-1} = R_0 \\
       v_t &= (e_t - R_0) / \delta - 1 \\
       g_t &= \min(1, 0.25\, \delta / \sigma_t) \\
-      I_t &= I_{t-1} + 0.1\, g_t v_t \\
+      I_t &= I_{t-1} + 0.1\, g_t v_t\, (3 \text{ where } v_t < 0 \text{ else } 1) \\
       x_t &= g_t (3 v_t + 10 (e_t - e_{t-1}) / \delta) + I_t
 
     with sigma_t the standard deviation of one observation, from successive differences. v_t is kept
@@ -110,7 +114,7 @@ def control(
     seen = observed(state, losses.retain, baseline, budget)
     gain = noise_gain(seen.noise, budget)
 
-    error = jnp.clip((seen.smoothed - baseline) / budget - TARGET, -1, FAR_ABOVE)
+    error = jnp.clip((seen.smoothed - baseline) / budget - TARGET, -TARGET, FAR_ABOVE)
     # R answers the multiplier late, the later the lower the rate: the rise of the moving average tells where
     # R is heading, and without it the loop swings around the budget.
     rise = (seen.smoothed - seen.before) / budget
@@ -120,7 +124,8 @@ def control(
     settling = jnp.where(state.steps < NOISE_MEMORY, PROPORTIONAL * TARGET * (gain - known), 0)
     # What the first batch does to the noise is forgotten with the second difference: nothing adds up before.
     is_known = state.steps > 1
-    integral = state.integral + settling + INTEGRAL * jnp.where(is_known, gain * error, 0)
+    pull = INTEGRAL * gain * jnp.where(error < 0, FASTER_BELOW * error, error)
+    integral = state.integral + settling + jnp.where(is_known, pull, 0)
     # An integral that went on while the exponent is at its end would have to come all the way back (wind-up).
     integral = jnp.where(is_known, jnp.clip(integral, lowest - reaction, HIGHEST - reaction), integral)
     exponent = jnp.clip(reaction + integral, lowest, HIGHEST)
@@ -192,9 +197,9 @@ def noise_gain(noise: jax.Array, budget: jax.Array) -> jax.Array:
 
 
 def resisted(strained_steps: jax.Array, exponent: jax.Array, is_above: jax.Array) -> jax.Array:
-    """Counts up while R is above the budget although the weight is on it, down otherwise; bounded."""
+    """Counts up while R is above the budget although the weight is on it, twice as fast down; bounded."""
     strained = (exponent > STRAINED) & is_above
-    return jnp.clip(strained_steps + jnp.where(strained, 1, -1), 0, 2 * STRAINED_STEPS)
+    return jnp.clip(strained_steps + jnp.where(strained, 1, -2), 0, 2 * STRAINED_STEPS)
 
 
 def floor_and_pace(state: BudgetState, share: jax.Array, budget: jax.Array) -> tuple[jax.Array, jax.Array]:

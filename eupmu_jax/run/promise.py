@@ -96,12 +96,12 @@ class Retained(NamedTuple):
 
     Attributes:
       parts: trained -> (totals, counts) of all batches, float64 [batches] or [batches, K].
-      gradient: (trained, weights like R, step) -> the gradient of <weights, R> on about 1,024 rows.
+      gradients: (trained, weights like R, step) -> that of <weights, R> on each half of about 1,024 rows.
       examples: how many rows there are.
     """
 
     parts: Callable[[PyTree], tuple[np.ndarray, np.ndarray]]
-    gradient: Callable[[PyTree, np.ndarray, int], PyTree]
+    gradients: Callable[[PyTree, np.ndarray, int], tuple[PyTree, PyTree]]
     examples: int
 
     def measure(self, trained: PyTree) -> np.ndarray:
@@ -120,7 +120,7 @@ def retained(
     key, draw = jax.random.key(seed), several_source(retain, seed)
     lengths = [check_set(data, name, retain.sizes[name]) for name, data in retain.sets.items()]
     passes = max(-(-length // size) for length, size in zip(lengths, retain.sizes.values(), strict=True))
-    batches = min(passes, -(-REPAIR_ROWS // min(retain.sizes.values())))
+    batches = -(-min(REPAIR_ROWS // 2, max(lengths)) // min(retain.sizes.values()))
 
     def sum_and_count(trained, frozen, forget_batch, rows, index, amounts):
         # The same key before and after: noise and dropout are then the same, too.
@@ -151,14 +151,19 @@ def retained(
             counts.reshape(passes, -1), totals.shape
         ) if totals.ndim > 1 else counts
 
-    def gradient(trained: PyTree, weights: np.ndarray, step: int) -> PyTree:
+    def gradient(trained: PyTree, weights: np.ndarray, first: int) -> PyTree:
         mean = None
-        for index in range(step * batches, (step + 1) * batches):
+        for index in range(first, first + batches):
             part = slope(trained, frozen, forget_batch, draw(index), index, weights)
             mean = _shared(part, batches) if mean is None else _added(mean, part, batches)
         return mean
 
-    return Retained(parts, gradient, sum(lengths))
+    def gradients(trained: PyTree, weights: np.ndarray, step: int) -> tuple[PyTree, PyTree]:
+        halves = (2 * step * batches, (2 * step + 1) * batches)
+        first, second = (gradient(trained, weights, half) for half in halves)
+        return first, second
+
+    return Retained(parts, gradients, sum(lengths))
 
 
 @partial(jax.jit, static_argnums=1)
@@ -179,28 +184,40 @@ def within(trained: PyTree, of: Retained, constraint: Budget) -> tuple[PyTree, P
 
     .. math:: E = \sum_k (s_k - 0.97)_+, \qquad \theta \leftarrow \theta - \frac{E}{|\nabla E|^2} \nabla E
 
-    which would end there if the loss were a line; then everything is measured again.
+    which would end there if the loss were a line; then everything is measured again. A step that made
+    it worse is taken back, and half as long the next time.
     """
     baseline, total = np.asarray(constraint.baseline, np.float32), np.asarray(constraint.total, np.float32)
-    steps = 0
-    while True:
+    best, least, length, slope = trained, np.inf, 1.0, None
+    for steps in range(MOST_REPAIRS + 1):
         rise = of.measure(trained) - baseline
         share = rise / total
         if np.all(share <= 1):
             return trained, Promise(baseline, total + 0 * rise, rise, share, of.examples, steps, True)
-        if steps == MOST_REPAIRS or not np.all(np.isfinite(share)):
-            break
         excess = np.sum(np.maximum(share - AIM, 0))
-        slope = of.gradient(trained, (np.asarray(share > AIM) / total).astype(np.float32), steps)
-        trained = _polyak(trained, slope, jnp.float32(excess))
-        steps += 1
+        if slope is None and not np.isfinite(excess):
+            break
+        if excess < least:
+            best, least, length = trained, excess, min(1.0, 2 * length)
+            slope = of.gradients(trained, (np.asarray(share > AIM) / total).astype(np.float32), steps)
+        else:
+            length /= 2
+        trained = _polyak(best, slope, jnp.float32(length * least))
     nothing = np.zeros_like(baseline + total)
     return trained, Promise(baseline, total + nothing, nothing, nothing, of.examples, steps, False)
 
 
 @jax.jit
-def _polyak(trained: PyTree, slope: PyTree, excess: jax.Array) -> PyTree:
-    square = sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in jax.tree.leaves(slope))
+def _polyak(trained: PyTree, slopes: tuple[PyTree, PyTree], excess: jax.Array) -> PyTree:
+    def product(a, b):
+        products = jax.tree.map(lambda x, y: jnp.vdot(x, y, preferred_element_type=jnp.float32), a, b)
+        return jax.tree.reduce(jnp.add, products)
+
+    slope = jax.tree.map(lambda a, b: (a + b) / 2, *slopes)
+    # The square of a mean of few rows holds their noise, which would make the step too short: the product of
+    # two independent ones does not. It may come out near 0, where the noise is all there is.
+    square = product(slope, slope)
+    square = jnp.maximum(product(*slopes), square / 4)
     length = jnp.where(square > 0, excess / jnp.where(square > 0, square, 1), 0)
     return jax.tree.map(lambda leaf, g: leaf - (length * g).astype(leaf.dtype), trained, slope)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 
-from experiments.budget import convergence, report, study, utilities
+from experiments.budget import convergence, elsewhere, report, study, utilities
 from experiments.shared import command
 from experiments.shared.configs import CONFIGS, FASHION_MNIST
 from experiments.shared.data.images import FASHION_MNIST_DIR
@@ -19,8 +19,9 @@ BUDGET_OF_CLASSES = 0.2
 class Config:
     """Run EUPMU under a budget over tasks, optimisers, learning rates, schedules and batch sizes.
 
-    Every run has a budget, how many nats the retain loss may rise; the report says what it spent. Other
-    controllers, constant weights, exact surgery, one budget for each class and convergence on convex
+    Every run has a budget, how many nats the retain loss may rise; its end is measured and brought back
+    within the budget, as `unlearn` does, and the report says what it spent. Other controllers, constant
+    weights, exact surgery, one budget for each class, another data set, a CNN and convergence on convex
     problems are measured beside it. Writes tables.md, runs.csv, pictures and report.html to a new
     folder under --runs-dir; about 50 min on two cores, --smoke (digits, a few cells) 1 min.
     """
@@ -41,7 +42,9 @@ def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
     testbed = make_testbed(base)
     path = resume or start_run(config.runs_dir, "budget", config)
     class_runs = len(utilities.VARIANTS) * len(scale.class_rates) * len(scale.seeds)
-    amount = len(study.all_runs(scale)) + class_runs + len(scale.seeds)
+    places = elsewhere.SMOKE_PLACES if config.smoke else elsewhere.PLACES
+    there = sum(len(elsewhere.runs_of(place)) + 1 for place in places.values())
+    amount = len(study.all_runs(scale)) + class_runs + len(scale.seeds) + there
     with command.working_in(path) as console:
         with open_records(path / "records.jsonl") as records, progress_bar(console, amount) as progress:
             note_session(path)
@@ -50,6 +53,7 @@ def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
             study.run_all(testbed, records, tasks, originals, scale, progress)
             class_task, rates = tasks[scale.class_task], scale.class_rates
             utilities.run_all(testbed, records, class_task, originals, rates, BUDGET_OF_CLASSES, progress)
+            elsewhere.run_all(path, records, places, config.data_dir, scale, progress)
         console.print("convex problems", highlight=False)
         curves = convergence.run(**scale.convergence)
         origin = describe(path, testbed)

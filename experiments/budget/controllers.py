@@ -224,11 +224,13 @@ class Contender(NamedTuple):
       make: (losses, optimizer, **knobs) -> Method.
       knobs: (budget, baseline) -> what make is given.
       sees_all: whether make also takes full_retain_loss, params -> the retain loss of the whole set.
+      is_repaired: whether the end of a run is measured and brought back within its budget, as in `unlearn`.
     """
 
     make: Callable[..., Method]
     knobs: Callable[[float, float], dict[str, float]] = budget_knobs
     sees_all: bool = False
+    is_repaired: bool = False
 
 
 def of_controller(make: MakeController) -> Contender:
@@ -236,9 +238,11 @@ def of_controller(make: MakeController) -> Contender:
 
 
 EUPMU = "EUPMU budget"
+UNREPAIRED = "EUPMU budget, not repaired"
 RELEASED = "released dual, no budget"
 CONTROLLERS: dict[str, Contender] = {
-    EUPMU: Contender(eupmu_budget),
+    EUPMU: Contender(eupmu_budget, is_repaired=True),
+    UNREPAIRED: Contender(eupmu_budget),
     "exact surgery budget": Contender(exact_surgery_budget),
     "EUPMU budget, seeing the full loss": Contender(seeing_the_full_loss, sees_all=True),
     "EUPMU budget, looking ahead": of_controller(looking_ahead),

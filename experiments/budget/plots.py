@@ -26,14 +26,18 @@ def plot_spending(path: pathlib.Path, runs: Frame) -> None:
         for i, (schedule, group) in enumerate(part.groupby("schedule", sort=False)):
             x = np.searchsorted(rates, group["rate"]) + 0.2 * (i - 1)
             jitter = np.random.default_rng(0).uniform(-0.06, 0.06, len(x))
+            before = "before the repair" if i == 0 else None
+            axis.scatter(
+                x + jitter, group["unrepaired"].clip(*SHOWN), s=10, color="0.75", marker="x", label=before
+            )
             axis.scatter(x + jitter, group["spent"].clip(*SHOWN), s=14, alpha=0.7, label=schedule)
-        axis.axhspan(0, 1.05, color="tab:green", alpha=0.08)
+        axis.axhspan(0, 1, color="tab:green", alpha=0.08)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         axis.set(title=inner, xlabel="learning rate", ylabel="share of the budget spent")
         axis.set_ylim(SHOWN[0] - 0.1, SHOWN[1] + 0.1)
         axis.grid(alpha=0.3, axis="y")
-    save(figure, path, legend=3)
+    save(figure, path, legend=4)
 
 
 def plot_controllers(path: pathlib.Path, runs: Frame, cells: list[Cell]) -> None:
@@ -47,7 +51,7 @@ def plot_controllers(path: pathlib.Path, runs: Frame, cells: list[Cell]) -> None
         jitter = np.random.default_rng(0).uniform(-0.2, 0.2, len(spent))
         axis.scatter(spent, i + jitter, s=14, alpha=0.6, color="C0" if name == EUPMU else "C7")
         axis.plot([spent.median()] * 2, [i - 0.35, i + 0.35], color="C3", linewidth=2)
-    axis.axvspan(0, 1.05, color="tab:green", alpha=0.08)
+    axis.axvspan(0, 1, color="tab:green", alpha=0.08)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import eupmu_jax as eu
+from eupmu_jax.run.batches import retain_sets
+from eupmu_jax.run.promise import REPAIR_ROWS, Retained, retained, within
 from experiments.budget.controllers import CONTROLLERS, EUPMU, RELEASED, Contender
 from experiments.shared.forget_sets import Task
 from experiments.shared.labels import LabelledExamples
@@ -222,6 +225,15 @@ def make_runner(
         rows = jnp.asarray(tasks[task].retain)
         return partial(make, full_retain_loss=partial(retain_loss, rows=rows))
 
+    @cache
+    def retained_rows(task: str) -> Retained:
+        of_batch = lambda params, batch: eu.Losses(0.0, losses.training(params, batch["retain"]).mean())
+        rows = retain_sets(
+            jax.device_get(taken(train, tasks[task].retain)), min(REPAIR_ROWS // 2, tasks[task].retain.size)
+        )
+        nothing_frozen = jax.tree.map(lambda leaf: None, originals[0].params)
+        return retained(of_batch, nothing_frozen, None, rows, seed=0)
+
     def run(contender: Contender, cell: Cell) -> Record:
         task, original = tasks[cell.task], originals[cell.seed].params
         # Batches of its own for every problem: else the luck of one stream is that of all.
@@ -234,6 +246,15 @@ def make_runner(
         unlearn = program(make, cell.inner, cell.schedule)
         params, seen = unlearn(in_float32(knobs), original, jax.random.key(cell.seed), plan)
         forget, retain = map(float, whole_losses(params, task.forget, task.retain))
+        end = {}
+        if contender.is_repaired:
+            end = {"forget_loss unrepaired": forget, "retain_loss unrepaired": retain}
+            budget = eu.Budget(cell.budget, baseline=retain_before)
+            params, promise = within(params, retained_rows(cell.task), budget)
+            params = params if promise.holds else original
+            end |= {"repair_steps": promise.repair_steps, "holds": promise.holds}
+            end["measured_on"] = promise.examples
+            forget, retain = map(float, whole_losses(params, task.forget, task.retain))
         every = max(1, steps // CHUNKS)
         means = lambda values: np.asarray(values, float)[: steps // every * every].reshape(-1, every).mean(1)
         record = {
@@ -241,6 +262,7 @@ def make_runner(
             "retain_loss": retain,
             "forget_loss before": forget_before,
             "retain_loss before": retain_before,
+            **end,
             "rises": (means(seen["retain_loss"]) - retain_before).round(5).tolist(),
         }
         multipliers = np.asarray(seen["multiplier"])

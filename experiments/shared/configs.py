@@ -24,7 +24,7 @@ class Config:
     """digits come with scikit-learn, Fashion-MNIST with Debian's dataset-fashion-mnist; the others
     are read from --data-dir in their standard files."""
 
-    model: Literal["mlp", "resnet18"]
+    model: Literal["mlp", "cnn", "resnet18"]
     """The classifier; its number of classes comes from the data."""
 
     training: Recipe

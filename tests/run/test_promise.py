@@ -75,6 +75,24 @@ def measured_on(fn, frozen=None):
     return retained(fn, frozen, FORGET[:16], retain_sets(RETAIN, 16), seed=0)
 
 
+def test_a_step_that_made_it_worse_is_taken_back():
+    """R turns sharply upwards beyond 0: whole Polyak steps jump over the valley for ever."""
+    valley = lambda b: jnp.maximum(b, 0) + 4 * jnp.maximum(-b, 0)
+    fn = lambda params, batch: eu.Losses(
+        0.0, jnp.mean(batch["retain"]) * 0 + valley(params["b"] - 0.01) + 0.095
+    )
+    params = {"w": jnp.zeros(3), "b": jnp.array(0.5)}
+    steep = {"w": jnp.zeros(3), "b": jnp.array(-0.5)}
+    for start in (params, steep):
+        got, promise = within(start, measured_on(fn), eu.Budget(0.1, baseline=0.0))
+        assert promise.holds, start
+        assert abs(float(got["b"]) - 0.01) <= 0.005
+    nothing_left = eu.Budget(0.09, baseline=0.0)
+    _, promise = within(params, measured_on(fn), nothing_left)
+    assert not promise.holds
+    assert promise.repair_steps == 10
+
+
 def test_one_step_is_enough_where_the_loss_is_a_line():
     fn = lambda params, batch: eu.Losses(jnp.sum(params["w"]), jnp.mean(batch["retain"]) * 0 + params["b"])
     params = {"w": jnp.zeros(3), "b": jnp.array(0.5)}
