@@ -1,6 +1,7 @@
 """A live bar on a terminal, nothing elsewhere."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 
@@ -31,6 +32,14 @@ def live_bar(total: float) -> Iterator[Callable[[float, str], None]]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=total, text="")
         yield lambda done, text: bar.update(task, completed=done, text=escape(text))
+
+
+def say_where_it_goes_on(folder: os.PathLike, done: int, steps: int, stopped: str | None) -> None:
+    """On stderr, for a folder that holds steps already: how many, and whether any are left."""
+    where = f"goes on after step {done} of {steps}" if done < steps else f"has done all {steps} steps"
+    if stopped:
+        where = f"stopped at step {done}: {stopped}"
+    print(f"the run in {folder} {where}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ from eupmu_jax.run.leaves import by_path, check_numeric, joined, parted, rows_no
 from eupmu_jax.run.ledger import Best, Ledger, Run
 from eupmu_jax.run.loop import Hooks, Inputs, Metrics, on_inputs, run_to_the_end
 from eupmu_jax.run.plan import check_functions, check_places, planned
-from eupmu_jax.run.progress import progress_bar
+from eupmu_jax.run.progress import progress_bar, say_where_it_goes_on
 from eupmu_jax.run.promise import Promise, retained, rise_on_unseen, unseen_sets, verdict, within
 
 P = TypeVar("P")
@@ -233,6 +233,8 @@ def unlearn(
         ledger = stack.enter_context(Ledger(run, plan.steps, kept))
         # Else two copies more, until the end of the run.
         del run, trained, state, best
+        if kept is not None and ledger.done:
+            say_where_it_goes_on(kept.path, ledger.done, plan.steps, ledger.stopped)
         show = stack.enter_context(progress_bar(plan.steps))
         run_to_the_end(ledger, plan, step, batch_at, inputs, hooks, show)
 

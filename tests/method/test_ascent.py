@@ -87,8 +87,8 @@ def test_it_is_never_far_above_the_budget_for_more_than_a_few_steps(inner, rate)
     rises, _, _ = run(INNER[inner](rate), -1)
     above = np.flatnonzero(rises > 2)
     stretches = np.split(above, np.flatnonzero(np.diff(above) > 1) + 1)
-    # Momentum carries on for ten steps.
-    assert max(map(len, stretches)) <= 10
+    # Momentum carries on for ten steps, and the average of the losses tells a step or two late.
+    assert max(map(len, stretches)) <= 12
     assert len(above) <= 0.04 * STEPS
     assert rises[-1] <= 1.5
 

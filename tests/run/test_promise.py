@@ -1,6 +1,11 @@
 """The promise: what comes back is within its budget, measured on the whole retain set, or is what came in."""
 
 import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -224,6 +229,43 @@ def test_interrupted_during_the_repair_it_ends_the_same_to_the_bit(tmp_path, mon
     resumed = run(folder=tmp_path, **settings)
     np.testing.assert_array_equal(resumed[0]["w"], whole[0]["w"])
     assert resumed[1].promise == whole[1].promise
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+import optax
+import eupmu_jax as eu
+from eupmu_jax.run import promise
+from tests.run.test_promise import run
+polyak = promise._polyak
+def killed(*args):
+    if len(sys.argv) > 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return polyak(*args)
+promise._polyak = killed
+settings = {"inner": optax.sgd(0.3, momentum=0.9), "constraint": eu.Budget(0.01), "batch_size": 4}
+params, history = run(folder=sys.argv[1], **settings)
+np.savez(sys.argv[2], **params, steps=history.promise.repair_steps, rise=history.promise.rise)
+"""
+
+
+@pytest.mark.slow
+def test_killed_during_the_repair_it_ends_the_same_to_the_bit(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+
+    def start(name, *more):
+        command = [sys.executable, "-c", KILLED, str(tmp_path / name), str(tmp_path / f"{name}.npz"), *more]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    assert start("killed", "kill").returncode == -signal.SIGKILL
+    again, whole = start("killed"), start("whole")
+    assert again.returncode == whole.returncode == 0, again.stderr + whole.stderr
+    assert "has done all 40 steps" in again.stderr
+    killed, whole = (np.load(tmp_path / f"{name}.npz") for name in ("killed", "whole"))
+    assert whole["steps"] > 0
+    for name in whole:
+        np.testing.assert_array_equal(killed[name], whole[name], err_msg=name)
 
 
 def test_what_it_costs():

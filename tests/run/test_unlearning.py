@@ -272,7 +272,7 @@ def test_bad_input(settings, error, message, tmp_path):
 # Folders and checkpoints.
 
 
-def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path):
+def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path, capsys):
     def interrupt(params, metrics):
         if metrics["step"] == 12:
             raise KeyboardInterrupt
@@ -285,11 +285,13 @@ def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(folder=tmp_path, callbacks=[interrupt], **settings)
     resumed, whole = run(folder=tmp_path, **settings), run(**settings)
+    assert f"the run in {tmp_path} goes on after step 12 of 30" in capsys.readouterr().err
     assert_same(resumed[0], whole[0])
     assert_same(resumed[1].steps, whole[1].steps)
     assert resumed[1].evaluations == whole[1].evaluations
     assert resumed[1].best_step == whole[1].best_step
     again = run(folder=tmp_path, **settings)
+    assert f"the run in {tmp_path} has done all 30 steps" in capsys.readouterr().err
     assert_same(again[0], whole[0])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "evaluation" not in line] == list(range(1, 31))
