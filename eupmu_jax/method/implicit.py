@@ -69,7 +69,8 @@ def implicit_surgery(constraint: Constraint, *, initial_multiplier: Numbers = 1.
       decays its moments. ``eupmu(losses_fn, inner)`` skips those too.
 
       ``optax.MultiSteps`` averages gradients but not losses, so around this it pairs the last
-      mini-batch's losses with the mean gradient: `accumulated` computes both of the whole batch.
+      mini-batch's losses with the mean gradient: `accumulated` computes both of the whole batch, and
+      `saddle_point` is right inside MultiSteps.
 
     Raises:
       TypeError: no constraint; losses is missing or no Losses; a leaf of params is not floating.

@@ -65,21 +65,20 @@ def main(picture: str = "continual.png") -> dict[str, eu.History]:
 
     evaluate = lambda params: {name: float(value) for name, value in measured(params).items()}
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    found = {}
+    found, was = {}, evaluate(before)
     for color, (name, (constraint, multiplier)) in zip(("C1", "C0"), CONSTRAINTS.items(), strict=True):
-        _, found[name] = eu.unlearn(
+        params, found[name] = eu.unlearn(
             losses_fn, before, data["new"]["train"], data["old"]["train"], optax.adam(1e-3), constraint,
             steps=STEPS, initial_multiplier=multiplier, evaluate=evaluate, every=10,
         )  # fmt: skip
+        now = evaluate(params)  # what a budget took back at the end included
+        change = lambda which, now=now: f"{was[which]:.1%} -> {now[which]:.1%}"
+        print(f"{name}: unseen old digits {change('old')}, unseen new digits {change('new')}")
+        print(f"  The loss on the old digits rose by {now['loss'] - was['loss']:.3f} nats.")
         seen = {key: [row[key] for row in found[name].evaluations] for key in ("step", "loss", *data)}
-        rise, old, new = seen["loss"][-1] - seen["loss"][0], seen["old"], seen["new"]
-        print(
-            f"{name}: unseen old digits {old[0]:.1%} -> {old[-1]:.1%}, new ones {new[0]:.1%} -> {new[-1]:.1%}"
-        )
-        print(f"  The loss on the old digits rose by {rise:.3f} nats.")
-        left.plot(seen["step"], np.subtract(seen["loss"], seen["loss"][0]), color, label=name)
-        right.plot(seen["step"], old, color, label=f"old, {name}")
-        right.plot(seen["step"], new, color, linestyle="--", label=f"new, {name}")
+        left.plot(seen["step"], np.subtract(seen["loss"], was["loss"]), color, label=name)
+        right.plot(seen["step"], seen["old"], color, label=f"old, {name}")
+        right.plot(seen["step"], seen["new"], color, linestyle="--", label=f"new, {name}")
     print(eu.verdict(list(found.values())[-1].promise))
     left.axhline(TOTAL, color="black", linestyle=":", label="the budget")
     left.set(xlabel="step", ylabel="rise of the old digits' loss, nats")
