@@ -59,6 +59,21 @@ def _number_of_steps(steps: int | None, epochs: float | None, forget: PyTree | D
     return int(steps)
 
 
+def check_split(mesh: Mesh | None, forget: PyTree | Draw, plan: Plan, retain: RetainSets) -> None:
+    """ValueError for batches of arrays that the devices along the mesh's first axis cannot share evenly."""
+    if mesh is None:
+        return
+    axis, devices = next(iter(mesh.shape.items()))
+    sizes = [(forget, plan.forget_rows)]
+    sizes += [(data, retain.sizes[name]) for name, data in retain.sets.items()]
+    uneven = [size for data, size in sizes if not callable(data) and size % devices]
+    if uneven:
+        raise ValueError(
+            f"batch_size must be a multiple of {devices}, the devices along the mesh's axis {axis!r}; got "
+            f"{uneven[0]}"
+        )
+
+
 def check_functions(callbacks: object, **functions: object) -> None:
     for name, function in functions.items():
         if function is not None and not callable(function):

@@ -35,7 +35,7 @@ from eupmu_jax.run.folder import Folder, saved_description
 from eupmu_jax.run.leaves import by_path, check_numeric, joined, parted, rows_not_finite
 from eupmu_jax.run.ledger import Best, Ledger, Run
 from eupmu_jax.run.loop import Hooks, Inputs, Metrics, on_inputs, run_to_the_end
-from eupmu_jax.run.plan import check_functions, check_places, planned
+from eupmu_jax.run.plan import check_functions, check_places, check_split, planned
 from eupmu_jax.run.progress import progress_bar, say_where_it_goes_on
 from eupmu_jax.run.promise import Promise, retained, rise_on_unseen, unseen_sets, verdict, within
 
@@ -182,6 +182,7 @@ def unlearn(
     check_functions(evaluate=evaluate, score=score, stop=stop, trainable=trainable, callbacks=callbacks)
     check_places(folder, mesh)
     plan, sets = planned(steps, epochs, every, batch_size, seed, forget, retain)
+    check_split(mesh, forget, plan, sets)
     batch_at = paired(forget_source(forget, plan.forget_rows, plan.seed), several_source(sets, plan.seed))
     check_numeric(params, "params")
     if folder is not None:

@@ -24,6 +24,8 @@ from experiments.shared.records import Record, RecordsByKey, of_kind
 from experiments.shared.report import Frame, Origin, Picture, Section, write_csv
 from experiments.shared.report import write_report as write_sections
 
+NOTHING_LEFT = 0.01
+"""Below this share of what it was the forget loss has nothing more to buy with a budget."""
 LAST = 5
 """Of a run's stored means, so many count as its end: about a tenth of the steps."""
 
@@ -50,7 +52,9 @@ def runs_frame(runs: dict[tuple[Any, ...], Record]) -> Frame:
                 line |= {key: record[key] for key in ("repair_steps", "holds", "measured_on")}
             if only := runs.get((FORGETTING, *cell._replace(budget=0.0))):
                 # Not <=: a run that diverged has no finite loss.
-                line["spendable"] = not only["retain_loss"] - only["retain_loss before"] <= cell.budget
+                exceeds = not only["retain_loss"] - only["retain_loss before"] <= cell.budget
+                is_left = record["forget_loss"] > NOTHING_LEFT * record["forget_loss before"]
+                line["spendable"] = exceeds and is_left
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -78,7 +82,11 @@ def summary(runs: Frame) -> dict[str, Any]:
     }
     if "spendable" in feasible and feasible["spendable"].notna().all():
         could = spent[feasible["spendable"].astype(bool)]
-        found |= {"could spend it": f"{len(could)}", "median of these": f"{could.median():.3f}"}
+        found |= {
+            "could spend it": f"{len(could)}",
+            "median of these": f"{could.median():.3f}",
+            "at least 95% of these": f"{100 * (could >= 0.95).mean():.0f}%",
+        }
     if "holds" in feasible and feasible["holds"].notna().all():
         found["before the repair"] = f"{100 * (feasible['unrepaired'] <= 1).mean():.0f}%"
         found["repaired"] = f"{(feasible['repair_steps'] > 0).sum()}"
@@ -261,8 +269,16 @@ def write_report(
     flops = extra_flops(ours[ours["batch_size"] == base_batch(ours)], origin["steps"])
     figures = {
         "kept": ("all", whole.get("within 100%", "-"), f"of {len(ours)} feasible runs measured within 100%"),
-        "spent": (">= 0.97", whole.get("median spent", "-"), "median share of the budget"),
-        "spent by most": (">= 80%", whole.get("at least 95%", "-"), "of them spent at least 95% of it"),
+        "spent": (
+            ">= 0.97",
+            f"{whole.get('median spent', '-')} ({whole.get('median of these', '-')})",
+            "median share of the budget (of those that had something to spend it on)",
+        ),
+        "spent by most": (
+            ">= 80%",
+            f"{whole.get('at least 95%', '-')} ({whole.get('at least 95% of these', '-')})",
+            "of them spent at least 95% of it (likewise)",
+        ),
         "efficiency": (
             "<= 1.00",
             f"{np.exp(np.log(within).mean()):.3f}, median {within.median():.3f}",

@@ -305,6 +305,11 @@ def test_the_exported_parameters(tmp_path):
     np.testing.assert_array_equal(saved["w"], got["w"])
 
 
+def test_a_batch_that_the_mesh_does_not_divide_is_named():
+    with pytest.raises(ValueError, match="batch_size must be a multiple of 8, the devices .* got 12"):
+        run(mesh=mesh_of(8), batch_size=(16, 12))
+
+
 def test_restored_on_another_mesh(tmp_path):
     def interrupt(params, metrics):
         if metrics["step"] == 12:
