@@ -306,7 +306,7 @@ def test_the_exported_parameters(tmp_path):
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_named():
-    with pytest.raises(ValueError, match="batch_size must be a multiple of 8, the devices .* got 12"):
+    with pytest.raises(ValueError, match=r"batch_size must be a multiple of 8, the devices .* got 12"):
         run(mesh=mesh_of(8), batch_size=(16, 12))
 
 
