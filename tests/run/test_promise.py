@@ -261,7 +261,8 @@ def test_killed_during_the_repair_it_ends_the_same_to_the_bit(tmp_path):
     assert start("killed", "kill").returncode == -signal.SIGKILL
     again, whole = start("killed"), start("whole")
     assert again.returncode == whole.returncode == 0, again.stderr + whole.stderr
-    assert "has done all 40 steps" in again.stderr
+    # Whether the last checkpoint was whole by then is a race; what comes out is not.
+    assert f"the run in {tmp_path}" in again.stderr
     killed, whole = (np.load(tmp_path / f"{name}.npz") for name in ("killed", "whole"))
     assert whole["steps"] > 0
     for name in whole:
