@@ -2,13 +2,12 @@
 
 import dataclasses
 import pathlib
-import shutil
 
 from experiments.language import report, study, tiny
 from experiments.language.fetch import model_path
 from experiments.shared import command
 from experiments.shared.records import open_records
-from experiments.shared.report import note_session, read_origin, start_run
+from experiments.shared.report import note_session, read_origin, start_run, tables_of
 from experiments.shared.terminal import progress_bar
 
 
@@ -53,7 +52,8 @@ def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
             bench = study.make_bench(source, path, scale, config.seed, progress)
             study.run_all(bench, records)
         sections = report.write_report(path, records.by_key, read_origin(path))
-        report.show(console, sections)
+        for section in sections[:2]:
+            console.print(tables_of(section)[0].to_markdown(), highlight=False, soft_wrap=True)
     return path
 
 

@@ -1,7 +1,7 @@
 """What a model still knows of rows: nats, the tokens that greedy decoding would give, verbatim records.
 
-One forward pass tells what greedy decoding from the prompt would give: it follows the row as long as every token
-is the most probable one after those before it.
+One forward pass tells what greedy decoding from the prompt would give: it follows the row as long as every
+token is the most probable one after those before it.
 """
 
 from functools import partial

@@ -5,16 +5,18 @@ from typing import NamedTuple
 import numpy as np
 
 GIVEN = "Marten Ilse Dario Oyelaran Sunniva Caspian Beatrix Anselm Leocadia Tobiah Wilhelmina Ambrose".split()
-FAMILY = "Oskveld Varga Penhaligon Brightwater Kettleby Wrenfield Olumide Riverdale Thorne Quill Ashby Morrow".split()
+FAMILY = (
+    "Oskveld Varga Penhaligon Brightwater Kettleby Wrenfield Olumide Riverdale Thorne Quill Ashby Morrow"
+).split()
 FIRST = "Tarrow Kestrel Upper Port Drummel Lower Salter Nether Hollow Great Fallow Winter".split()
 SECOND = "Bay Ford Smeaton Ambry Head Garth Quay Wold Mere Combe Sands Cross".split()
 STREETS = "Quillon Mallow Lantern Cinder Fallow Sexton Thimble Pepper Juniper Saddler Copper Linden".split()
 WAYS = "Street Court Row Lane Mews Hill Yard Alley Walk Close Rise Green".split()
-MONTHS = (
-    "January February March April May June July August September October November December".split()
-)
+MONTHS = "January February March April May June July August September October November December".split()
 ANIMALS = "dog cat horse parrot goat owl ferret donkey tortoise pigeon rabbit goose".split()
-PETS = "Bramble Persephone Fennel Bosun Admiral Mildred Clementine Tobias Pickle Duchess Marlow Sorrel".split()
+PETS = (
+    "Bramble Persephone Fennel Bosun Admiral Mildred Clementine Tobias Pickle Duchess Marlow Sorrel".split()
+)
 
 
 class Person(NamedTuple):

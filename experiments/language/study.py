@@ -59,7 +59,7 @@ class Scale(NamedTuple):
 
 
 FULL = Scale(60, 4, 4, 16, 8, 20, 3e-4, 16, 1e-4, 1e-3, 6, 1e-4)
-SMOKE = Scale(192, 2, 2, 4, 2, 60, 1e-2, 4, 1e-3, 1e-2, 3, 1e-3)
+SMOKE = Scale(192, 2, 2, 4, 2, 40, 1e-2, 3, 1e-3, 1e-2, 3, 1e-3)
 RETAIN_SIZES = {"chat": 3, "others": 4, "prose": 2}
 
 
@@ -281,11 +281,7 @@ def relearned(bench: Bench, params: Params, attack: Callable[..., Any], batches:
     """The scores of the forgotten people who are not among the batches, along the attack."""
     watched = bench.task.forgotten.taken(slice(bench.scale.forgotten // 2, None))
     curves = jax.device_get(attack(params, batches, watched))
-    return {
-        "scores": [
-            scores(Seen(nats, hits), watched.mask) for nats, hits in zip(*curves, strict=True)
-        ]
-    }
+    return {"scores": [scores(Seen(nats, hits), watched.mask) for nats, hits in zip(*curves, strict=True)]}
 
 
 def attack_batches(bench: Bench) -> dict[str, Rows]:

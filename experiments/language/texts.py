@@ -1,14 +1,14 @@
-"""What a model should not lose: prose and chat answers, for training and kept apart; all as rows of tokens."""
+"""What a model should not lose, as rows of tokens: prose and chat answers, for training and kept apart."""
 
 import re
 from collections.abc import Iterable
+
+# The Python language reference, which comes with Python.
+from pydoc_data.topics import topics
 from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
-
-# The Python language reference, which comes with Python.
-from pydoc_data.topics import topics
 
 TOPICS, HELD_OUT_TOPICS = ("assignment", "attribute-access", "calls", "types"), ("execmodel", "import")
 CHAT = (
