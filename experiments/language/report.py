@@ -207,8 +207,9 @@ def write_report(path: pathlib.Path, records: RecordsByKey, origin: Origin) -> l
             "What is known",
             [
                 "Nats per token. Greedy: the share of a record's tokens that are the most probable ones. "
-                "Prefix: the share before greedy decoding's first error. Strength: the longest end of a record "
-                "that follows from what stands before it. Verbatim: records that greedy decoding gives whole.",
+                "Prefix: the share before greedy decoding's first error. Strength: the longest end of a "
+                "record that follows from what stands before it. Verbatim: records that greedy decoding "
+                "gives whole.",
                 known_table(records),
             ],
         ),
