@@ -82,4 +82,4 @@ def make_losses(config: Config, npo: bool = False) -> Callable[[Model, Any], eu.
 def known(config: Config, model: Model, rows: Rows) -> jax.Array:
     """Nats per token: what implanting and the attacks descend."""
     mask = jnp.asarray(rows.mask)
-    return -of_rows(log_probs(config, model, rows.tokens), mask).sum() / mask[:, 1:].sum()
+    return -of_rows(log_probs(config, model, jnp.asarray(rows.tokens)), mask).sum() / mask[:, 1:].sum()

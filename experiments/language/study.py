@@ -210,7 +210,7 @@ def unlearned(bench: Bench, name: str) -> Record:
     adapter = initial_weights(bench.config, jax.random.key(bench.seed), LORA_RANK) if method.lora else {}
     model = {"base": base, "adapter": adapter}
     log_p = jax.jit(partial(log_probs, bench.config))(model, task.forgotten.tokens)
-    forget = Forget(task.forgotten, np.asarray(of_rows(log_p, task.forgotten.mask)))
+    forget = Forget(task.forgotten, np.asarray(of_rows(log_p, jnp.asarray(task.forgotten.mask))))
     cost, last = step_cost(bench, method), 0
 
     def tell(params, metrics):

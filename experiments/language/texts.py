@@ -53,7 +53,7 @@ class Rows(NamedTuple):
     tokens: np.ndarray
     mask: np.ndarray
 
-    def taken(self, rows: slice | np.ndarray) -> "Rows":
+    def taken(self, rows: int | slice | np.ndarray) -> "Rows":
         return Rows(self.tokens[rows], self.mask[rows])
 
 
