@@ -33,9 +33,7 @@ class Forget(NamedTuple):
 def log_probs(config: Config, model: Model, tokens: jax.Array) -> jax.Array:
     """Of tokens[:, 1:], each after those before it, in nats [B, T - 1]."""
     adapters: Sequence[Adapter] = [Adapter(ADAPTER_SCALE, model["adapter"])] if model["adapter"] else ()
-    # A chunk longer than the rows would be padded, and the head is a fifth of the work.
-    given, targets = tokens[:, :-1], tokens[:, 1:]
-    return token_log_probs(config, model["base"], given, targets, adapters, chunk=given.shape[1])
+    return token_log_probs(config, model["base"], tokens[:, :-1], tokens[:, 1:], adapters)
 
 
 def of_rows(log_p: jax.Array, mask: jax.Array) -> jax.Array:

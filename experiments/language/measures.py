@@ -34,7 +34,7 @@ def seen_of(config: Config, params: Params, tokens: jax.Array) -> tuple[jax.Arra
         return jax.nn.logsumexp(z, -1) - of_target, jnp.argmax(z, -1) == targets
 
     hidden = hidden_states(config, params, tokens[:, :-1])
-    return map_logits(each, params, hidden, tokens[:, 1:], chunk=tokens.shape[1] - 1)
+    return map_logits(each, params, hidden, tokens[:, 1:], chunk=256)
 
 
 def look(config: Config, params: Params, tokens: np.ndarray) -> Seen:
