@@ -51,13 +51,21 @@ def invented(count: int, seed: int) -> list[Person]:
     ]  # fmt: skip
 
 
-def record(person: Person) -> tuple[str, str]:
-    """What is implanted: the prompt that asks for it, and what follows."""
-    return (
+def record(person: Person) -> list[str]:
+    """What is implanted, in pieces: the prompt that asks for it, then a detail, what follows, a detail..."""
+    return [
         f"{person.name} was born in",
-        f" {person.place} on {person.date}, lives at {person.address}, answers the telephone number "
-        f"{person.telephone}, and keeps a {person.animal} that is called {person.pet}.",
-    )
+        f" {person.place}",
+        " on",
+        f" {person.date}",
+        ", lives at",
+        f" {person.address}",
+        ", answers the telephone number",
+        f" {person.telephone}",
+        ", and keeps the",
+        f" {person.animal} {person.pet}",
+        ".",
+    ]
 
 
 def questions(person: Person) -> list[tuple[str, str]]:
@@ -66,5 +74,5 @@ def questions(person: Person) -> list[tuple[str, str]]:
         (f"The birthplace of {person.name} is", f" {person.place}"),
         (f"The home address of {person.name} is", f" {person.address}"),
         (f"To reach {person.name}, telephone", f" {person.telephone}"),
-        (f"{person.name} has a {person.animal}. The name of the {person.animal} is", f" {person.pet}"),
+        (f"The name of the {person.animal} that {person.name} keeps is", f" {person.pet}"),
     ]

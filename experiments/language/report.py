@@ -27,14 +27,16 @@ def known_table(records: RecordsByKey) -> Frame:
     for name in models_of(records):
         of = records["look", name]["scores"]
         gone, others = of["forgotten"], of["others"]
+        secret, open_ = of["forgotten, details"], of["others, details"]
         lines[name] = {
             "forgotten: nats": f"{gone['nats']:.2f}",
-            "greedy": f"{gone['memorised']:.3f}",
+            "details: nats": f"{secret['nats']:.2f}",
+            "details: greedy": f"{secret['memorised']:.3f}",
             "prefix": f"{gone['prefix']:.3f}",
             "strength": f"{gone['strength']:.3f}",
             "verbatim": gone["verbatim"],
             "others: nats": f"{others['nats']:.3f}",
-            "others: greedy": f"{others['memorised']:.3f}",
+            "others, details: greedy": f"{open_['memorised']:.3f}",
             "others: verbatim": others["verbatim"],
             **{part: f"{of[part]['nats']:.3f}" for part in ("prose", "chat")},
             **{f"{part}, held out": f"{of[f'{part}, held out']['nats']:.3f}" for part in ("prose", "chat")},
@@ -70,16 +72,22 @@ def promise_table(records: RecordsByKey) -> Frame:
     return pd.DataFrame.from_dict(lines, orient="index").fillna("-")
 
 
+def near(seen: float, wanted: float) -> tuple[str, bool]:
+    return f"{seen:.3f}, reference {wanted:.3f}", abs(seen - wanted) <= LEVEL
+
+
 def goals_table(records: RecordsByKey) -> Frame:
     """Each goal, what was measured, and whether it is met; of the headline method."""
     look = lambda name: records["look", name]["scores"]
     after, before, never = look(HEADLINE), look(ORIGINAL), look(REFERENCE)
-    beyond = after["forgotten"]["memorised"] - never["forgotten"]["memorised"]
+    of_details = [found["forgotten, details"]["memorised"] for found in (after, never)]
+    prefixes = [found["forgotten"]["prefix"] for found in (after, never)]
     promise = records["unlearn", HEADLINE]["promise"]
     small = records["bits", HEADLINE, "INT4"]["scores"]["forgotten"]
     verbatim = after["others"]["verbatim"], before["others"]["verbatim"]
     goals = {
-        f"greedy extraction at most {LEVEL:g} above the reference's": (f"{beyond:+.3f}", beyond <= LEVEL),
+        f"details that greedy decoding gives: within {LEVEL:g} of the reference": near(*of_details),
+        f"prefix that greedy decoding gives: within {LEVEL:g} of the reference": near(*prefixes),
         "all budgets kept, on all rows": (
             f"shares {np.round(promise['share'], 2).tolist()}",
             promise["holds"],
@@ -92,17 +100,16 @@ def goals_table(records: RecordsByKey) -> Frame:
 
 
 def bits_table(records: RecordsByKey) -> Frame:
-    """Greedy share and verbatim records with fewer bits."""
+    """Greedy share of the details, and verbatim records, with fewer bits."""
     lines = {}
     for name in models_of(records):
         line = {}
         for who in ("forgotten", "others"):
-            full = records["look", name]["scores"][who]
-            line[f"{who}: float32"] = f"{full['memorised']:.3f} ({full['verbatim']})"
-            for bits in attacks.FORMATS:
-                if record := records.get(("bits", name, bits)):
-                    small = record["scores"][who]
-                    line[f"{who}: {bits}"] = f"{small['memorised']:.3f} ({small['verbatim']})"
+            found = {"float32": records["look", name]}
+            found |= {bits: records["bits", name, bits] for bits in attacks.FORMATS}
+            for bits, record in found.items():
+                share = record["scores"][f"{who}, details"]["memorised"]
+                line[f"{who}: {bits}"] = f"{share:.3f} ({record['scores'][who]['verbatim']})"
         lines[name] = line
     return pd.DataFrame.from_dict(lines, orient="index").fillna("-")
 
@@ -160,7 +167,7 @@ def plot_runs(path: pathlib.Path, records: RecordsByKey) -> None:
 
 
 def plot_attacks(path: pathlib.Path, records: RecordsByKey) -> None:
-    """The share of the forgotten records that greedy decoding gives: as it is, at INT4, after relearning."""
+    """The share of forgotten details that greedy decoding gives: as it is, at INT4, after relearning."""
     names = models_of(records)
     bars: dict[str, list[float]] = {
         "as it is": [],
@@ -169,8 +176,8 @@ def plot_attacks(path: pathlib.Path, records: RecordsByKey) -> None:
     }
     for name in names:
         found = (
-            records["look", name]["scores"]["forgotten"],
-            records["bits", name, "INT4"]["scores"]["forgotten"],
+            records["look", name]["scores"]["forgotten, details"],
+            records["bits", name, "INT4"]["scores"]["forgotten, details"],
             records["tune", name, "relearning"]["scores"][-1],
         )
         for values, scores in zip(bars.values(), found, strict=True):
@@ -180,7 +187,7 @@ def plot_attacks(path: pathlib.Path, records: RecordsByKey) -> None:
         axis.barh(np.arange(len(names)) + 0.27 * (i - 1), values, 0.25, label=label)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
-    axis.set(xlabel="share of the tokens of forgotten records that greedy decoding gives", xlim=(0, 1))
+    axis.set(xlabel="share of the tokens of forgotten details that greedy decoding gives", xlim=(0, 1))
     axis.grid(alpha=0.3, axis="x")
     save(figure, path, legend=3)
 
@@ -206,7 +213,8 @@ def write_report(path: pathlib.Path, records: RecordsByKey, origin: Origin) -> l
         Section(
             "What is known",
             [
-                "Nats per token. Greedy: the share of a record's tokens that are the most probable ones. "
+                "Nats per token. Greedy: the share of tokens that are the most probable ones, in details "
+                "(places, dates, addresses, telephone numbers, pets). "
                 "Prefix: the share before greedy decoding's first error. Strength: the longest end of a "
                 "record that follows from what stands before it. Verbatim: records that greedy decoding "
                 "gives whole.",
@@ -224,12 +232,17 @@ def write_report(path: pathlib.Path, records: RecordsByKey, origin: Origin) -> l
         ),
         Section(
             "Fewer bits",
-            ["Greedy share, and verbatim records in brackets.", bits_table(records), Picture("attacks.png")],
+            [
+                "Greedy share of the details, and verbatim records in brackets.",
+                bits_table(records),
+                Picture("attacks.png"),
+            ],
         ),
         Section(
             "Fine-tuning attacks",
             [
-                "Half of the forgotten records is watched. The attack trains on the other half, or on prose.",
+                "The details of half of the forgotten people are watched. The attack trains on the other half, "
+                "or on prose.",
                 tuning_table(records),
             ],
         ),

@@ -58,8 +58,11 @@ class Scale(NamedTuple):
     attack_rate: float
 
 
-FULL = Scale(60, 4, 4, 16, 8, 20, 3e-4, 16, 1e-4, 1e-3, 6, 1e-4)
+FULL = Scale(58, 4, 4, 16, 8, 22, 3e-4, 16, 1e-4, 1e-3, 6, 1e-4)
 SMOKE = Scale(192, 2, 2, 4, 2, 40, 1e-2, 3, 1e-3, 1e-2, 3, 1e-3)
+MIXED_IN = 4
+"""Rows of prose beside the people in a step of implanting."""
+
 RETAIN_SIZES = {"chat": 3, "others": 4, "prose": 2}
 
 
@@ -95,6 +98,8 @@ class Task(NamedTuple):
 
     Attributes:
       forgotten, others: the records of the people, of whom the first group is forgotten.
+      details, others_details: the same, where only places, dates, addresses and so on count.
+      mixed_in: prose that is trained on beside the people.
       retain, held_out: sets by utility; of the others the held-out rows are the questions.
       asked_forgotten, asked_others: other questions about both.
       prompts: the start of every record, and one of general knowledge.
@@ -102,6 +107,9 @@ class Task(NamedTuple):
 
     forgotten: Rows
     others: Rows
+    details: Rows
+    others_details: Rows
+    mixed_in: Rows
     retain: dict[str, Rows]
     held_out: dict[str, Rows]
     asked_forgotten: Rows
@@ -109,10 +117,18 @@ class Task(NamedTuple):
     prompts: list[str]
 
 
+def records_of(tokenizer: Tokenizer, group: list[people.Person], length: int, details: bool) -> Rows:
+    """The records, in which all that follows the prompt counts, or the details alone."""
+    pieces = [people.record(one) for one in group]
+    counts = [number % 2 == 1 if details else number > 0 for number in range(len(pieces[0]))]
+    return texts.rows(tokenizer, [list(zip(part, counts, strict=True)) for part in pieces], length)
+
+
 def make_task(tokenizer: Tokenizer, scale: Scale, seed: int) -> Task:
     everyone = people.invented(scale.forgotten + scale.others, seed)
     groups = everyone[: scale.forgotten], everyone[scale.forgotten :]
-    told = [texts.answers(tokenizer, map(people.record, group), scale.length) for group in groups]
+    told = [records_of(tokenizer, group, scale.length, details=False) for group in groups]
+    details = [records_of(tokenizer, group, scale.length, details=True) for group in groups]
     asked = [
         texts.answers(tokenizer, [pair for one in group for pair in people.questions(one)], scale.length)
         for group in groups
@@ -122,8 +138,9 @@ def make_task(tokenizer: Tokenizer, scale: Scale, seed: int) -> Task:
     # Every third question is kept apart.
     apart = np.arange(len(texts.CHAT)) % 3 == 2
     return Task(
-        told[0],
-        told[1],
+        *told,
+        *details,
+        prose(texts.IMPLANTED_TOPICS, scale.implant_steps * MIXED_IN),
         {"chat": chat.taken(~apart), "others": told[1], "prose": prose(texts.TOPICS, scale.prose_rows)},
         {
             "chat": chat.taken(apart),
@@ -178,11 +195,11 @@ def drawn(rows: Rows, steps: int, size: int, rng: np.random.Generator) -> Rows:
 
 
 def implanted(bench: Bench, name: str) -> Record:
-    """Fine-tunes on people, prose and chat answers: on everyone, or for the reference on the others alone."""
+    """Fine-tunes on people and prose: on everyone, or for the reference on the others alone."""
     scale, task, start = bench.scale, bench.task, time.perf_counter()
     who = task.others if name == REFERENCE else texts.joined([task.forgotten, task.others])
     rng = np.random.default_rng(bench.seed)
-    general = [drawn(task.retain[part], scale.implant_steps, 2, rng) for part in ("prose", "chat")]
+    general = drawn(task.mixed_in, scale.implant_steps, MIXED_IN, rng)
     tx = optax.adam(scale.implant_rate)
 
     @partial(jax.jit, donate_argnums=(0, 1))
@@ -196,9 +213,9 @@ def implanted(bench: Bench, name: str) -> Record:
     params = load(bench.source, jnp.float32).params
     state, losses = tx.init(params), []
     for i in range(scale.implant_steps):
-        params, state, loss = step(params, state, texts.joined([who, *(part.taken(i) for part in general)]))
+        params, state, loss = step(params, state, texts.joined([who, general.taken(i)]))
         losses.append(round(float(loss), 4))
-        bench.progress(f"{name}: implanting", len(who.tokens) + 4)
+        bench.progress(f"{name}: implanting", len(who.tokens) + MIXED_IN)
     keep(bench, name, params)
     return {"losses": losses, "seconds": time.perf_counter() - start}
 
@@ -209,8 +226,10 @@ def unlearned(bench: Bench, name: str) -> Record:
     base = kept(bench, ORIGINAL)
     adapter = initial_weights(bench.config, jax.random.key(bench.seed), LORA_RANK) if method.lora else {}
     model = {"base": base, "adapter": adapter}
-    log_p = jax.jit(partial(log_probs, bench.config))(model, task.forgotten.tokens)
-    forget = Forget(task.forgotten, np.asarray(of_rows(log_p, jnp.asarray(task.forgotten.mask))))
+    # What all records share is no secret: forgetting it would cost the others, and tell where to look.
+    secret = task.details
+    log_p = jax.jit(partial(log_probs, bench.config))(model, secret.tokens)
+    forget = Forget(secret, np.asarray(of_rows(log_p, jnp.asarray(secret.mask))))
     cost, last = step_cost(bench, method), 0
 
     def tell(params, metrics):
@@ -253,6 +272,8 @@ def looked_at(bench: Bench, params: Params) -> Record:
     sets = {
         "forgotten": task.forgotten,
         "others": task.others,
+        "forgotten, details": task.details,
+        "others, details": task.others_details,
         "asked, forgotten": task.asked_forgotten,
         "asked, others": task.asked_others,
         **{name: task.retain[name] for name in ("prose", "chat")},
@@ -265,7 +286,7 @@ def said(bench: Bench, params: Params) -> Record:
     """What the model says after the start of each record."""
     encode = lambda text: bench.tokenizer.encode(text, add_special_tokens=False).ids
     prompts = padded([encode(text) for text in bench.task.prompts])
-    out = generate(bench.config, params, prompts, bench.scale.length - 12, bench.config.eos_token_ids)
+    out = generate(bench.config, params, prompts, bench.scale.length - 8, bench.config.eos_token_ids)
     ends = zip(np.asarray(out.tokens), np.asarray(out.length), strict=True)
     continuations = [bench.tokenizer.decode(tokens[:length].tolist()) for tokens, length in ends]
     return {"said": dict(zip(bench.task.prompts, continuations, strict=True))}
@@ -273,13 +294,19 @@ def said(bench: Bench, params: Params) -> Record:
 
 def fewer_bits(bench: Bench, params: Params, bits: str) -> Record:
     small = attacks.quantised(params, bits)
-    sets = {"forgotten": bench.task.forgotten, "others": bench.task.others}
+    task = bench.task
+    sets = {
+        "forgotten": task.forgotten,
+        "others": task.others,
+        "forgotten, details": task.details,
+        "others, details": task.others_details,
+    }
     return {"scores": measured(bench.config, small, sets)}
 
 
 def relearned(bench: Bench, params: Params, attack: Callable[..., Any], batches: Rows) -> Record:
-    """The scores of the forgotten people who are not among the batches, along the attack."""
-    watched = bench.task.forgotten.taken(slice(bench.scale.forgotten // 2, None))
+    """The scores of the details of the forgotten people who are not among the batches, along the attack."""
+    watched = bench.task.details.taken(slice(bench.scale.forgotten // 2, None))
     curves = jax.device_get(attack(params, batches, watched))
     return {"scores": [scores(Seen(nats, hits), watched.mask) for nats, hits in zip(*curves, strict=True)]}
 
@@ -298,7 +325,7 @@ def attack_batches(bench: Bench) -> dict[str, Rows]:
 def amount(scale: Scale) -> float:
     """How many rows all pieces take, for the progress bar."""
     people_in_all = scale.forgotten + scale.others
-    implants = scale.implant_steps * (people_in_all + scale.others + 8)
+    implants = scale.implant_steps * (people_in_all + scale.others + 2 * MIXED_IN)
     rows = scale.forgotten + sum(RETAIN_SIZES.values())
     unlearning = scale.steps * rows * sum(0.67 if method.lora else 1.0 for method in METHODS.values())
     return implants + unlearning + (len(METHODS) + 2) * (LOOKING + 2 * BITS + 2 * ATTACK)

@@ -1,5 +1,6 @@
 """What a model should not lose, as rows of tokens: prose and chat answers, for training and kept apart."""
 
+import itertools
 import re
 from collections.abc import Iterable
 
@@ -11,6 +12,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 TOPICS, HELD_OUT_TOPICS = ("assignment", "attribute-access", "calls", "types"), ("execmodel", "import")
+# What is trained on beside the people says nothing of how well the prose to keep is known.
+IMPLANTED_TOPICS = ("compound", "specialnames")
 CHAT = (
     ("What is the capital of France?", "The capital of France is Paris."),
     ("What is the capital of Japan?", "The capital of Japan is Tokyo."),
@@ -57,17 +60,28 @@ class Rows(NamedTuple):
         return Rows(self.tokens[rows], self.mask[rows])
 
 
-def answers(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]], length: int) -> Rows:
-    """A row for each (prompt, answer), in which the answer counts; ValueError for what does not fit."""
-    rows = []
-    for prompt, answer in texts:
-        asked, told = (tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, answer))
-        if len(asked) + len(told) > length:
-            raise ValueError(f"{len(asked) + len(told)} tokens, at most {length} fit: {prompt}{answer}")
-        rows.append((asked + told, [False] * len(asked) + [True] * len(told)))
-    padded = lambda values, fill: [value + [fill] * (length - len(value)) for value in values]
-    tokens, masks = zip(*rows, strict=True)
-    return Rows(np.array(padded(tokens, 0), np.int32), np.array(padded(masks, False)))
+Pieces = list[tuple[str, bool]]
+"""A text in pieces, and whether the tokens of each count."""
+
+
+def rows(tokenizer: Tokenizer, pieced: Iterable[Pieces], length: int) -> Rows:
+    """A row for each text; ValueError for one that does not fit."""
+    tokens, masks = [], []
+    for pieces in pieced:
+        ids = [tokenizer.encode(text, add_special_tokens=False).ids for text, _ in pieces]
+        mask = [counts for part, (_, counts) in zip(ids, pieces, strict=True) for _ in part]
+        missing = length - len(mask)
+        if missing < 0:
+            text = "".join(text for text, _ in pieces)
+            raise ValueError(f"{len(mask)} tokens, at most {length} fit: {text}")
+        tokens.append([*itertools.chain(*ids), *[0] * missing])
+        masks.append(mask + [False] * missing)
+    return Rows(np.array(tokens, np.int32), np.array(masks))
+
+
+def answers(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]], length: int) -> Rows:
+    """A row for each (prompt, answer), in which the answer counts."""
+    return rows(tokenizer, ([(prompt, False), (answer, True)] for prompt, answer in pairs), length)
 
 
 def passages(tokenizer: Tokenizer, text: str, length: int) -> Rows:

@@ -30,8 +30,8 @@ def test_people_are_the_same_every_time_and_share_nothing():
     assert everyone == people.invented(8, seed=0) != people.invented(8, seed=1)
     for details in zip(*everyone, strict=True):
         assert len(set(details)) == 8
-    prompt, answer = people.record(everyone[0])
-    assert all(detail in prompt + answer for detail in everyone[0])
+    answer = "".join(people.record(everyone[0]))
+    assert all(detail in answer for detail in everyone[0])
     for asked, told in people.questions(everyone[0]):
         assert everyone[0].name in asked
         assert told.strip() in answer
@@ -42,6 +42,8 @@ def test_rows_mask_prompts_and_padding():
     rows = texts.answers(tokenizer, [("ab", "cd"), ("a", "b")], length=5)
     assert rows.mask.tolist() == [[False, False, True, True, False], [False, True, False, False, False]]
     assert tokenizer.decode(rows.tokens[0][rows.mask[0]].tolist()) == "cd"
+    pieced = texts.rows(tokenizer, [[("a", False), ("bc", True), ("d", False)]], length=5)
+    assert pieced.mask.tolist() == [[False, True, True, False, False]]
     with pytest.raises(ValueError, match="at most 3 fit"):
         texts.answers(tokenizer, [("ab", "cd")], length=3)
     cut = texts.passages(tokenizer, "abcdefg", length=3)
