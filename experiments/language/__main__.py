@@ -51,7 +51,7 @@ def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
             note_session(path)
             bench = study.make_bench(source, path, scale, config.seed, progress)
             study.run_all(bench, records)
-        sections = report.write_report(path, records.by_key, read_origin(path))
+        sections = report.write_report(path, records.by_key, read_origin(path) | {"scale": scale._asdict()})
         for section in sections[:2]:
             console.print(tables_of(section)[0].to_markdown(), highlight=False, soft_wrap=True)
     return path

@@ -241,8 +241,8 @@ def write_report(path: pathlib.Path, records: RecordsByKey, origin: Origin) -> l
         Section(
             "Fine-tuning attacks",
             [
-                "The details of half of the forgotten people are watched. The attack trains on the other half, "
-                "or on prose.",
+                "The details of half of the forgotten people are watched. The attack trains on the other "
+                "half, or on prose.",
                 tuning_table(records),
             ],
         ),
