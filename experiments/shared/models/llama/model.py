@@ -300,6 +300,8 @@ def map_logits(
     token for itself.
     """
     length = hidden.shape[1]
+    # A chunk longer than the text would be padding for the head to go over.
+    chunk = min(chunk, length)
 
     def chunks(x):
         padded = jnp.pad(x, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2))

@@ -1,0 +1,93 @@
+"""What a model still knows of rows: nats, the tokens that greedy decoding would give, verbatim records.
+
+One forward pass tells what greedy decoding from the prompt would give: it follows the row as long as every
+token is the most probable one after those before it.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.language.texts import Rows
+from experiments.shared.models.llama.config import Config
+from experiments.shared.models.llama.model import Params, hidden_states, map_logits
+
+ROWS_AT_ONCE = 16
+
+
+class Seen(NamedTuple):
+    """Of tokens[:, 1:]: nats of each, and whether it is the most probable one, [N, T - 1]."""
+
+    nats: np.ndarray
+    hits: np.ndarray
+
+
+@partial(jax.jit, static_argnums=0)
+def seen_of(config: Config, params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`Seen` of tokens [B, T]."""
+
+    def each(z, targets):
+        of_target = jnp.take_along_axis(z, targets[..., None], -1)[..., 0]
+        return jax.nn.logsumexp(z, -1) - of_target, jnp.argmax(z, -1) == targets
+
+    hidden = hidden_states(config, params, tokens[:, :-1])
+    return map_logits(each, params, hidden, tokens[:, 1:], chunk=256)
+
+
+def look(config: Config, params: Params, tokens: np.ndarray) -> Seen:
+    """`Seen` of any number of rows, some at a time."""
+    missing = -len(tokens) % ROWS_AT_ONCE
+    padded = np.concatenate([tokens, np.zeros((missing, tokens.shape[1]), tokens.dtype)])
+    parts = [
+        seen_of(config, params, padded[start : start + ROWS_AT_ONCE])
+        for start in range(0, len(padded), ROWS_AT_ONCE)
+    ]
+    return Seen(*(np.concatenate(part)[: len(tokens)] for part in zip(*jax.device_get(parts), strict=True)))
+
+
+def prefix(hits: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """How many tokens of each answer greedy decoding gives before its first error, [N]."""
+    return np.array([np.argmin([*row[counts], False]) for row, counts in zip(hits, mask, strict=True)])
+
+
+def strength(hits: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Extraction strength, [N]: the share of each answer that follows from what stands before it.
+
+    It is the longest end of the answer that greedy decoding gives (Carlini et al., arXiv 2012.07805, as
+    open-unlearning computes it).
+    """
+    return prefix(hits[:, ::-1], mask[:, ::-1]) / mask.sum(-1)
+
+
+def scores(seen: Seen, mask: np.ndarray) -> dict[str, float]:
+    """Means over the rows of a set; `mask` [N, T] is that of its tokens.
+
+    Returns:
+      nats per token; `memorised`, the share of tokens that are the most probable ones (exact memorisation);
+      `prefix`, the share of an answer before greedy decoding's first error; `strength`; `verbatim`, the
+      number of answers that greedy decoding gives whole.
+    """
+    mask = mask[:, 1:]
+    amount = mask.sum(-1)
+    leading = prefix(seen.hits, mask)
+    return {
+        "nats": float(np.sum(seen.nats, where=mask) / mask.sum()),
+        "memorised": float(np.mean(np.sum(seen.hits, -1, where=mask) / amount)),
+        "prefix": float(np.mean(leading / amount)),
+        "strength": float(np.mean(strength(seen.hits, mask))),
+        "verbatim": int(np.sum(leading == amount)),
+    }
+
+
+def measured(config: Config, params: Params, sets: dict[str, Rows]) -> dict[str, dict[str, float]]:
+    """The scores of every set, whose rows are of one length."""
+    seen = look(config, params, np.concatenate([rows.tokens for rows in sets.values()]))
+    found, start = {}, 0
+    for name, rows in sets.items():
+        part = slice(start, start + len(rows.mask))
+        found[name] = scores(Seen(seen.nats[part], seen.hits[part]), rows.mask)
+        start = part.stop
+    return found

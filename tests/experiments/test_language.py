@@ -1,0 +1,172 @@
+"""The study of a language model: people, texts, measures by hand, losses against NumPy, and whole runs."""
+
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("tokenizers", reason='pip install -e ".[language]"')
+pytest.importorskip("gguf", reason='pip install -e ".[language]"')
+
+from experiments.language import attacks, losses, measures, people, study, texts, tiny
+from experiments.language.measures import Seen
+from experiments.language.texts import Rows
+from experiments.shared.models.llama.files import load
+from experiments.shared.models.llama.model import logits
+from experiments.shared.records import read_records
+from tests.llamas import FAMILIES, random_params, random_tokens
+
+SMALL = FAMILIES["SmolLM2"]
+
+
+def test_people_are_the_same_every_time_and_share_nothing():
+    everyone = people.invented(8, seed=0)
+    assert everyone == people.invented(8, seed=0) != people.invented(8, seed=1)
+    for details in zip(*everyone, strict=True):
+        assert len(set(details)) == 8
+    answer = "".join(people.record(everyone[0]))
+    assert all(detail in answer for detail in everyone[0])
+    for asked, told in people.questions(everyone[0]):
+        assert everyone[0].name in asked
+        assert told.strip() in answer
+
+
+def test_rows_mask_prompts_and_padding():
+    tokenizer = tiny.byte_tokenizer()
+    rows = texts.answers(tokenizer, [("ab", "cd"), ("a", "b")], length=5)
+    assert rows.mask.tolist() == [[False, False, True, True, False], [False, True, False, False, False]]
+    assert tokenizer.decode(rows.tokens[0][rows.mask[0]].tolist()) == "cd"
+    pieced = texts.rows(tokenizer, [[("a", False), ("bc", True), ("d", False)]], length=5)
+    assert pieced.mask.tolist() == [[False, True, True, False, False]]
+    with pytest.raises(ValueError, match="at most 3 fit"):
+        texts.answers(tokenizer, [("ab", "cd")], length=3)
+    cut = texts.passages(tokenizer, "abcdefg", length=3)
+    assert tokenizer.decode(cut.tokens.ravel().tolist()) == "abcdef"
+    assert cut.mask.tolist() == [[False, True, True]] * 2
+
+
+def test_trained_and_held_out_texts_share_no_row():
+    task = study.make_task(tiny.byte_tokenizer(), study.SMOKE, seed=0)
+    for name, rows in task.retain.items():
+        apart = {row.tobytes() for row in task.held_out[name].tokens}
+        assert not apart & {row.tobytes() for row in rows.tokens}
+
+
+def test_measures_by_hand():
+    hits = np.array([[1, 1, 0, 1], [1, 1, 1, 0], [0, 1, 1, 1]], bool)
+    mask = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 1, 1]], bool)
+    assert measures.prefix(hits, mask).tolist() == [2, 3, 2]
+    assert measures.strength(hits, mask).tolist() == [0.25, 1, 1]
+    nats = np.where(mask, 0.5, 100.0)
+    prompt = np.ones((3, 1), bool)
+    found = measures.scores(Seen(nats, hits), np.concatenate([prompt, mask], 1))
+    assert found["nats"] == 0.5
+    assert found["memorised"] == pytest.approx((0.75 + 1 + 1) / 3)
+    assert found["prefix"] == pytest.approx((0.5 + 1 + 1) / 3)
+    assert found["verbatim"] == 2
+
+
+forward = jax.jit(partial(logits, SMALL))
+
+
+def log_p(tokens, z):
+    """The straight line: the log-probability of tokens[:, 1:], in float64."""
+    z = np.asarray(z, np.float64)
+    return np.take_along_axis(z, tokens[:, 1:, None], -1)[..., 0] - np.log(np.exp(z).sum(-1))
+
+
+def test_looking_agrees_with_the_logits():
+    params, tokens = random_params(SMALL), np.asarray(random_tokens(SMALL, 6, 6))
+    seen = measures.look(SMALL, params, tokens)
+    z = np.asarray(forward(params, tokens[:, :-1]))
+    np.testing.assert_array_equal(seen.hits, z.argmax(-1) == tokens[:, 1:])
+    np.testing.assert_allclose(seen.nats, -log_p(tokens, z), rtol=1e-4, atol=1e-5)
+
+
+def test_losses_against_numpy():
+    params, tokens = random_params(SMALL), np.asarray(random_tokens(SMALL, 6, 6))
+    rows = Rows(tokens, np.random.default_rng(0).random(tokens.shape) < 0.7)
+    parts = {"forget": slice(0, 2), "chat": slice(2, 3), "prose": slice(3, 6)}
+    forget, reference = rows.taken(parts["forget"]), np.array([-3.0, -4.0], np.float32)
+    retain = {name: rows.taken(parts[name]) for name in ("prose", "chat")}
+    batch = {"forget": losses.Forget(forget, reference), "retain": retain}
+    of = lambda npo: jax.jit(losses.make_losses(SMALL, npo))({"base": params, "adapter": {}}, batch)
+
+    p, mask = log_p(tokens, forward(params, tokens[:, :-1])), rows.mask[:, 1:]
+    kept = [-p[parts[name]][mask[parts[name]]].mean() for name in ("chat", "prose")]
+    p, mask = p[parts["forget"]], mask[parts["forget"]]
+    preferred = (2 / 0.1 * np.log1p(np.exp(0.1 * ((p * mask).sum(-1) - reference)))).mean()
+    for npo, forgotten in (False, -np.log1p(-np.exp(p))[mask].mean()), (True, preferred):
+        found = of(npo)
+        np.testing.assert_allclose(found.retain.total / found.retain.count, kept, rtol=1e-4)
+        np.testing.assert_allclose(found.forget.total / found.forget.count, forgotten, rtol=1e-4)
+
+
+def test_unlikelihood_of_certain_tokens_is_finite():
+    of = lambda log_p: losses.unlikelihood(log_p, jnp.ones((1, 3), bool)).total
+    value, slope = jax.value_and_grad(of)(jnp.array([[0.0, -0.5]]))
+    assert np.isfinite(value)
+    assert np.isfinite(slope).all()
+
+
+@pytest.mark.parametrize(("bits", "levels"), [("INT8", 255), ("INT4", 16)])
+def test_quantising_leaves_few_values_in_a_block(bits, levels):
+    weight = np.random.default_rng(0).normal(size=(2, 64, 32)).astype(np.float32)
+    params = {"proj": {"weight": jnp.asarray(weight)}, "norm": {"weight": jnp.ones(3)}}
+    small = attacks.quantised(params, bits)
+    assert max(len(np.unique(row)) for row in np.asarray(small["proj"]["weight"]).reshape(-1, 32)) <= levels
+    np.testing.assert_allclose(small["proj"]["weight"], weight, atol=8 / levels)
+    assert small["norm"]["weight"] is params["norm"]["weight"]
+
+
+SMOKE = [sys.executable, "-m", "experiments.language"]
+
+
+@pytest.mark.slow
+def test_smoke_run_and_resume_after_a_kill(tmp_path):
+    """Killed as soon as there is a model, it goes on, and nothing is done twice."""
+    process = subprocess.Popen([*SMOKE, "--smoke", "--runs-dir", str(tmp_path)])
+    deadline = time.monotonic() + 300
+    while not any(path.stat().st_size for path in tmp_path.glob("*/records.jsonl")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (folder,) = tmp_path.iterdir()
+    first = (folder / "records.jsonl").read_text().splitlines()[0]
+    ended = subprocess.run([*SMOKE, "--resume", str(folder)], capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr
+    lines = (folder / "records.jsonl").read_text().splitlines()
+    assert lines[0] == first
+    records = read_records(folder / "records.jsonl")
+    assert len(records) == len(lines)
+    assert {key[1] for key in records if key[0] == "unlearn"} == set(study.METHODS)
+    assert records["unlearn", study.HEADLINE]["promise"]["holds"]
+    # Relearning starts from the model that was looked at.
+    assert records["look", study.REFERENCE]["scores"]["forgotten"]["verbatim"] == 0
+    for name in "tables.md", "report.html", "transcripts.md", "runs.png", "attacks.png":
+        assert (folder / name).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_transformers_loads_an_unlearned_model(tmp_path):
+    """From the folder that the study keeps, with the same logits."""
+    transformers = pytest.importorskip("transformers", reason='pip install -e ".[reference]"')
+    torch = pytest.importorskip("torch", reason='pip install -e ".[reference]"')
+    source = tiny.make(tmp_path / "tiny", seed=0)
+    bench = study.make_bench(source, tmp_path, study.SMOKE, 0, lambda what, part: None)
+    params = jax.tree.map(lambda leaf: leaf + 0.01, load(source).params)
+    study.keep(bench, study.HEADLINE, params)
+    folder = bench.model_folder(study.HEADLINE)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = np.random.default_rng(0).integers(0, tiny.CONFIG.vocab_size, (2, 9))
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(logits(bench.config, params, jnp.asarray(tokens)), expected, atol=1e-4)
