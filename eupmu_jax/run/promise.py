@@ -188,7 +188,7 @@ def within(trained: PyTree, of: Retained, constraint: Budget) -> tuple[PyTree, P
     it worse is taken back, and half as long the next time.
     """
     baseline, total = np.asarray(constraint.baseline, np.float32), np.asarray(constraint.total, np.float32)
-    best, least, length, slope = trained, np.inf, 1.0, None
+    best, least, length, slope, steps = trained, np.inf, 1.0, None, 0
     for steps in range(MOST_REPAIRS + 1):
         rise = of.measure(trained) - baseline
         share = rise / total

@@ -1,7 +1,6 @@
 """The same promise on another data set and on another network."""
 
 import dataclasses
-import itertools
 import pathlib
 from functools import partial
 from typing import NamedTuple
@@ -20,11 +19,19 @@ class Place(NamedTuple):
     cells: list[Cell]
 
 
-def cells(tasks: tuple[str, ...], descents, schedules: tuple[str, ...], budgets) -> list[Cell]:
+def cells(
+    tasks: tuple[str, ...],
+    descents: tuple[tuple[str, float], ...],
+    schedules: tuple[str, ...],
+    budgets: tuple[float, ...],
+) -> list[Cell]:
     """Every combination at batch size 64."""
     return [
         Cell(task, inner, rate, schedule, 64, budget, seed=0)
-        for task, (inner, rate), schedule, budget in itertools.product(tasks, descents, schedules, budgets)
+        for task in tasks
+        for inner, rate in descents
+        for schedule in schedules
+        for budget in budgets
     ]
 
 
