@@ -138,8 +138,10 @@ def make_task(tokenizer: Tokenizer, scale: Scale, seed: int) -> Task:
     # Every third question is kept apart.
     apart = np.arange(len(texts.CHAT)) % 3 == 2
     return Task(
-        *told,
-        *details,
+        told[0],
+        told[1],
+        details[0],
+        details[1],
         prose(texts.IMPLANTED_TOPICS, scale.implant_steps * MIXED_IN),
         {"chat": chat.taken(~apart), "others": told[1], "prose": prose(texts.TOPICS, scale.prose_rows)},
         {
