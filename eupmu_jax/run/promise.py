@@ -120,7 +120,8 @@ def retained(
     key, draw = jax.random.key(seed), several_source(retain, seed)
     lengths = [check_set(data, name, retain.sizes[name]) for name, data in retain.sets.items()]
     passes = max(-(-length // size) for length, size in zip(lengths, retain.sizes.values(), strict=True))
-    batches = -(-min(REPAIR_ROWS // 2, max(lengths)) // min(retain.sizes.values()))
+    # Of each half of the rows; both together are one pass over small sets.
+    batches = min(-(-passes // 2), -(-REPAIR_ROWS // (2 * min(retain.sizes.values()))))
 
     def sum_and_count(trained, frozen, forget_batch, rows, index, amounts):
         # The same key before and after: noise and dropout are then the same, too.
@@ -189,6 +190,7 @@ def within(trained: PyTree, of: Retained, constraint: Budget) -> tuple[PyTree, P
     """
     baseline, total = np.asarray(constraint.baseline, np.float32), np.asarray(constraint.total, np.float32)
     best, least, length, slope, steps = trained, np.inf, 1.0, None, 0
+    over = np.zeros(np.shape(baseline + total), bool)
     for steps in range(MOST_REPAIRS + 1):
         rise = of.measure(trained) - baseline
         share = rise / total
@@ -197,9 +199,10 @@ def within(trained: PyTree, of: Retained, constraint: Budget) -> tuple[PyTree, P
         excess = np.sum(np.maximum(share - AIM, 0))
         if slope is None and not np.isfinite(excess):
             break
-        if excess < least:
-            best, least, length = trained, excess, min(1.0, 2 * length)
-            slope = of.gradients(trained, (np.asarray(share > AIM) / total).astype(np.float32), steps)
+        # Where other utilities are over now, the step did what it was to do for those that were.
+        if np.isfinite(excess) and (excess < least or np.any((share > AIM) != over)):
+            best, least, over, length = trained, excess, share > AIM, min(1.0, 2 * length)
+            slope = of.gradients(best, (np.asarray(over) / total).astype(np.float32), steps)
         else:
             length /= 2
         trained = _polyak(best, slope, jnp.float32(length * least))
