@@ -208,8 +208,8 @@ def floor_and_pace(state: BudgetState, share: jax.Array, budget: jax.Array) -> t
     A forget loss that turns negative, as in gradient ascent, has no floor: along R = const it falls for ever
     while the network is blown up, and no multiplier holds that. So it gets one from what was observed: where
     the smoothed U was when the budget was first spent. While R is below its budget the floor goes down in
-    proportion to what
-    is left of it, at a pace that every new crossing lowers: it settles where the budget is spent.
+    proportion to what is left of it, at a pace that every new crossing lowers: it settles where the budget
+    is spent.
 
     .. math::
       U^*_{t+1} = \max(U^*_t, \bar U_t) \text{ above the budget, else }

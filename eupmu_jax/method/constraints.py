@@ -96,10 +96,9 @@ class Budget:
     of the steps: no look-ahead, since a batch that was just stepped on looks better than the rest. It aims at
     the budget itself, and noisy batches lift R above it: by a tenth of the budget as a rule, by a third where
     one batch errs by more than a budget. `unlearn` measures at the end and takes back what is over; after
-    steps of your own, measure. Where the learning rate
-    alone keeps the retain loss above the budget, ``surgery_info(state).infeasible`` says so. The multiplier
-    moves between e^-5 (a tenth of it when all is forgotten) and e^8 times its initial value: scale that by U
-    / R.
+    steps of your own, measure. Where the learning rate alone keeps the retain loss above the budget,
+    ``surgery_info(state).infeasible`` says so. The multiplier moves between e^-5 (a tenth of it when all is
+    forgotten) and e^8 times its initial value: scale that by U / R.
 
     Draw retain batches independently, as `unlearn` does: in reshuffled passes a batch holds what was not
     trained on for longest, its loss lies above the whole set's, and less than the budget is spent. What is

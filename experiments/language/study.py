@@ -268,14 +268,21 @@ def step_cost(bench: Bench, method: Method) -> float:
     return rows * (0.67 if method.lora else 1.0)
 
 
-def looked_at(bench: Bench, params: Params) -> Record:
-    """The scores of every set."""
-    task = bench.task
-    sets = {
+def people_sets(task: Task) -> dict[str, Rows]:
+    """The records of both groups, and the details in them."""
+    return {
         "forgotten": task.forgotten,
         "others": task.others,
         "forgotten, details": task.details,
         "others, details": task.others_details,
+    }
+
+
+def looked_at(bench: Bench, params: Params) -> Record:
+    """The scores of every set."""
+    task = bench.task
+    sets = {
+        **people_sets(task),
         "asked, forgotten": task.asked_forgotten,
         "asked, others": task.asked_others,
         **{name: task.retain[name] for name in ("prose", "chat")},
@@ -296,14 +303,7 @@ def said(bench: Bench, params: Params) -> Record:
 
 def fewer_bits(bench: Bench, params: Params, bits: str) -> Record:
     small = attacks.quantised(params, bits)
-    task = bench.task
-    sets = {
-        "forgotten": task.forgotten,
-        "others": task.others,
-        "forgotten, details": task.details,
-        "others, details": task.others_details,
-    }
-    return {"scores": measured(bench.config, small, sets)}
+    return {"scores": measured(bench.config, small, people_sets(bench.task))}
 
 
 def relearned(bench: Bench, params: Params, attack: Callable[..., Any], batches: Rows) -> Record:
