@@ -279,6 +279,27 @@ def test_what_it_costs():
     assert sorted(rows) == [2, 16, 16]
 
 
+def test_passes_and_gradient_rows(monkeypatch):
+    """A measurement more than there are repairs; both gradients of a repair together are about one pass."""
+    from eupmu_jax.run import promise
+
+    drawn, real = [], promise.several_source
+
+    def counted(retain, seed):
+        draw = real(retain, seed)
+        return lambda step: drawn.append(step) or draw(step)
+
+    monkeypatch.setattr(promise, "several_source", counted)
+    of, passes = measured_on(losses_fn), []
+    counting = of._replace(parts=lambda trained: passes.append(1) or of.parts(trained))
+    params = {"w": jnp.full(3, 0.8), "b": jnp.zeros(())}
+    found = within(params, counting, eu.Budget(0.1, baseline=float(np.mean(RETAIN**2))))[1]
+    assert found.repair_steps > 0
+    assert len(passes) == found.repair_steps + 1
+    # 130 rows in batches of 16 are 9, in two halves of 5; no batch serves two gradients.
+    assert len(drawn) == len(set(drawn)) <= 10 * found.repair_steps
+
+
 def count(batch, rows):
     rows.append(len(batch["retain"]))
     return batch
