@@ -64,20 +64,6 @@ class Hooks(NamedTuple):
     on_mesh: Callable[[PyTree], PyTree]
 
 
-def run_to_the_end(
-    ledger: Ledger,
-    plan: Plan,
-    step: Callable[..., Any],
-    batch_at: Draw,
-    inputs: Inputs,
-    hooks: Hooks,
-    show: Callable[[int, dict[str, np.ndarray]], None],
-) -> None:
-    """Chunks of steps and pauses in turn, to the last step or the first reason to stop."""
-    with _no_interrupt_lost() as check:
-        _chunks_and_pauses(ledger, plan, step, batch_at, inputs, hooks, show, check)
-
-
 @contextlib.contextmanager
 def _no_interrupt_lost() -> Iterator[Callable[[], None]]:
     """check() raises an interrupt that was lost: in JAX's hook of the garbage collector Python drops it."""
@@ -103,7 +89,7 @@ def _no_interrupt_lost() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _chunks_and_pauses(
+def run_to_the_end(
     ledger: Ledger,
     plan: Plan,
     step: Callable[..., Any],
@@ -111,40 +97,41 @@ def _chunks_and_pauses(
     inputs: Inputs,
     hooks: Hooks,
     show: Callable[[int, dict[str, np.ndarray]], None],
-    check: Callable[[], None],
 ) -> None:
-    is_pause = lambda: ledger.done % plan.every == 0 or ledger.done == plan.steps
-    if is_pause() and ledger.last_evaluation < ledger.done:
-        _pause(ledger, hooks)
-    # The first chunk compiles, which tells nothing about the next: it is one step, and so is the second.
-    length, is_compiled = 1, False
-    longest = CHUNK_BYTES // max(1, sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(batch_at(0))))
-    while ledger.done < plan.steps and ledger.stopped is None:
-        edges = [(ledger.done // size + 1) * size for size in (plan.every, CHUNK_STEPS)]
-        end = min(ledger.done + length, plan.steps, *edges)
-        start, began = ledger.done, time.perf_counter()
-        trouble = _take_steps(ledger, step, batch_at, inputs, end)
-        if is_compiled and ledger.done > start:
-            seconds = (time.perf_counter() - began) / (ledger.done - start)
-            length = max(1, min(int(CHUNK_SECONDS / seconds), longest))
-        is_compiled = True
-        if trouble is not None and not isinstance(trouble, Exception):
-            # Ctrl-C: no evaluation first.
-            raise trouble
-        check()
-        show(ledger.done, ledger.seen)
-        if start == 0 and ledger.done and ledger.seen["forget_loss"][0] < 0:
-            warnings.warn(NEGATIVE, stacklevel=3)
-        why = None
-        # Looked at where it is the same on a fast and on a slow machine.
-        if is_pause() or ledger.done % CHUNK_STEPS == 0:
-            why = _looks_broken(ledger.seen["skipped_steps"][: ledger.done])
-        if why:
-            warnings.warn(f"stopped after {ledger.done} of {plan.steps} steps: {why}", stacklevel=3)
-        if why or (is_pause() and ledger.last_evaluation < ledger.done):
-            _pause(ledger, hooks, why)
-        if trouble is not None and ledger.stopped is None:
-            raise trouble
+    """Chunks of steps and pauses in turn, to the last step or the first reason to stop."""
+    with _no_interrupt_lost() as check:
+        is_pause = lambda: ledger.done % plan.every == 0 or ledger.done == plan.steps
+        if is_pause() and ledger.last_evaluation < ledger.done:
+            _pause(ledger, hooks)
+        # The first chunk compiles, which tells nothing about the next: it is one step, and so is the second.
+        length, is_compiled = 1, False
+        longest = CHUNK_BYTES // max(1, sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(batch_at(0))))
+        while ledger.done < plan.steps and ledger.stopped is None:
+            edges = [(ledger.done // size + 1) * size for size in (plan.every, CHUNK_STEPS)]
+            end = min(ledger.done + length, plan.steps, *edges)
+            start, began = ledger.done, time.perf_counter()
+            trouble = _take_steps(ledger, step, batch_at, inputs, end)
+            if is_compiled and ledger.done > start:
+                seconds = (time.perf_counter() - began) / (ledger.done - start)
+                length = max(1, min(int(CHUNK_SECONDS / seconds), longest))
+            is_compiled = True
+            if trouble is not None and not isinstance(trouble, Exception):
+                # Ctrl-C: no evaluation first.
+                raise trouble
+            check()
+            show(ledger.done, ledger.seen)
+            if start == 0 and ledger.done and ledger.seen["forget_loss"][0] < 0:
+                warnings.warn(NEGATIVE, stacklevel=3)
+            why = None
+            # Looked at where it is the same on a fast and on a slow machine.
+            if is_pause() or ledger.done % CHUNK_STEPS == 0:
+                why = _looks_broken(ledger.seen["skipped_steps"][: ledger.done])
+            if why:
+                warnings.warn(f"stopped after {ledger.done} of {plan.steps} steps: {why}", stacklevel=3)
+            if why or (is_pause() and ledger.last_evaluation < ledger.done):
+                _pause(ledger, hooks, why)
+            if trouble is not None and ledger.stopped is None:
+                raise trouble
 
 
 def _take_steps(
