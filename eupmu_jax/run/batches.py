@@ -25,9 +25,11 @@ def check_set(data: PyTree, name: str, batch_size: int) -> int:
     check_numeric(leaves, name)
     lengths = {np.shape(leaf)[:1] for leaf in leaves}
     if len(lengths) != 1 or () in lengths:
+        shapes = ", ".join(str(np.shape(leaf)) for leaf in leaves[:4])
+        more = f" and {len(leaves) - 4} more (of a list of numbers make an array)" if len(leaves) > 4 else ""
         raise ValueError(
             f"{name} must be arrays with one leading axis of examples, the same for all, or a function "
-            f"step -> batch; got shapes {[np.shape(leaf) for leaf in leaves]}"
+            f"step -> batch; got the shapes {shapes}{more}"
         )
     (length,) = lengths.pop()
     if length == 0:

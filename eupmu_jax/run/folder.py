@@ -142,7 +142,8 @@ class Folder:
             self.manager.save(step, args=self.ocp.args.StandardSave(by_path(tree)))
         except Exception as error:
             self.saved = step
-            raise OSError(self.failed(step, error)) from error
+            # Orbax has logged its own traceback: a second copy of it would bury the message.
+            raise OSError(self.failed(step, error)) from None
         self.saved = step
 
     def close(self) -> None:
@@ -150,7 +151,7 @@ class Folder:
         try:
             self.manager.wait_until_finished()
         except Exception as error:
-            raise OSError(self.failed(self.manager.latest_step(), error)) from error
+            raise OSError(self.failed(self.manager.latest_step(), error)) from None
         finally:
             self.manager.close()
             os.close(self.lock)

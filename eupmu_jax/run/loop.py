@@ -163,28 +163,36 @@ def _pause(ledger: Ledger, hooks: Hooks, why: str | None = None) -> None:
         metrics |= _evaluated(hooks.evaluate, params, ledger.seen)
     best = None
     if ledger.done and hooks.score is not None:
-        value = _asked(hooks.score, metrics, "score", np.float32)
+        value = np.float32(_number(_asked(hooks.score, metrics, "score"), "score"))
         if value > ledger.run.best.score:
             new = Best(jnp.float32(value), jnp.int32(ledger.done), owned(ledger.run.params))
             best = hooks.on_mesh(new)
     if ledger.done and hooks.stop is not None:
-        why = why or _asked(hooks.stop, metrics, "stop", lambda found: str(found) if found else None)
+        found = _asked(hooks.stop, metrics, "stop")
+        why = why or (str(found) if found else None)
     ledger.evaluated(metrics | ({"stopped": why} if why else {}), best)
     for callback in hooks.callbacks:
         callback(params, metrics)
 
 
-def _asked(
-    function: Callable[[Metrics], Any], metrics: Metrics, name: str, convert: Callable[[Any], Any]
-) -> Any:
+def _asked(function: Callable[[Metrics], Any], metrics: Metrics, name: str) -> Any:
     """What `function` makes of the metrics; ValueError that lists them where it asks for another."""
     try:
-        return convert(function(metrics))
+        return function(metrics)
     except KeyError as error:
         known = ", ".join(metrics)
         raise ValueError(
             f"{name} asks for {error}, but the metrics are {known}: let evaluate return it"
         ) from error
+
+
+def _number(value: Any, name: str) -> float:
+    """`value` as a float; TypeError that names who gave it."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        found = f"an array {np.shape(value)}" if np.shape(value) else repr(value)[:80]
+        raise TypeError(f"{name} must return numbers, got {found}") from error
 
 
 def _evaluated(
@@ -194,7 +202,7 @@ def _evaluated(
     values = evaluate(params)
     if not isinstance(values, Mapping):
         raise TypeError(f"evaluate must return a dict of numbers by name, got {type(values).__name__}")
-    found = {name: float(value) for name, value in values.items()}
+    found = {name: _number(value, f"evaluate, of {name!r},") for name, value in values.items()}
     if taken := found.keys() & {"step", "stopped", *seen}:
         raise ValueError(
             f"evaluate returns {', '.join(sorted(taken))}, which the run itself reports: rename it"

@@ -45,6 +45,7 @@ def runs_frame(runs: dict[tuple[Any, ...], Record]) -> Frame:
             line |= {"spent": rise / cell.budget, "feasible": bool(floor <= cell.budget)}
             line["fine-tuning"] = floor / cell.budget
             line["flagged"] = record.get("infeasible")
+            line["skipped_steps"] = record.get("skipped_steps")
             if "holds" in record:
                 before = record["retain_loss unrepaired"] - record["retain_loss before"]
                 line["unrepaired"] = before / cell.budget
@@ -192,10 +193,11 @@ def labelled(runs: Frame, each: int = 30) -> Frame:
 
 
 def detection_table(runs: Frame) -> Frame:
-    """Feasible by fine-tuning against flagged by EUPMU at the end of its run."""
+    """Feasible by fine-tuning against what EUPMU says at the end of its run."""
+    said = runs["flagged"].map({True: "flagged", False: "not flagged"})
     counts = pd.crosstab(
         runs["feasible"].map({True: "feasible", False: "infeasible"}),
-        runs["flagged"].map({True: "flagged", False: "not flagged"}),
+        said.mask(runs["skipped_steps"] >= SKIPPED_IN_A_ROW, "steps skipped"),
     )
     return counts.astype(str)
 
