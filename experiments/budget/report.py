@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from eupmu_jax.run.loop import SKIPPED_IN_A_ROW
 from eupmu_jax.run.promise import REPAIR_ROWS
 from experiments.budget import convergence, plots
 from experiments.budget.controllers import CONTROLLERS, EUPMU

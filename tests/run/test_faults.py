@@ -153,7 +153,7 @@ def test_messages_name_the_argument(settings, error, message):
 
 
 def test_the_message_on_a_long_list_is_short():
-    with pytest.raises(ValueError, match="forget must be arrays .* and 1996 more") as error:
+    with pytest.raises(ValueError, match=r"forget must be arrays .* and 1996 more") as error:
         eu.unlearn(
             losses_fn, {"w": jnp.ones((3, 2))}, [1.0] * 2000, RETAIN, optax.sgd(0.1), eu.Budget(0.1), steps=6
         )

@@ -45,7 +45,7 @@ def eupmu_budget(
     budget: jax.Array | float,
     baseline: jax.Array | float,
 ) -> Method:
-    """`eupmu_jax.eupmu` with a budget for the whole run; records, too, whether it looks infeasible or broken."""
+    """`eupmu_jax.eupmu` with a budget for the whole run, and whether it looks infeasible or broken."""
     return method_of(
         eu.eupmu(forget_and_retain(losses), optimizer, eu.Budget(budget, baseline=baseline)), True
     )
