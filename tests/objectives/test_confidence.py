@@ -20,6 +20,13 @@ def sample(seed=0, shape=(6,), scale=2.0):
     return scale * rng.normal(size=(*shape, CLASSES)), rng.integers(0, CLASSES, shape)
 
 
+CONFIDENCE, TO_TARGET = jax.jit(objectives.confidence), jax.jit(objectives.confidence_target)
+
+
+def gradient(function, x):
+    return jax.jit(jax.grad(lambda x: function(x).sum()))(x)
+
+
 def among_others(logits, labels):
     """The prediction among the classes other than the label, 0 at the label."""
     is_label = np.arange(CLASSES) == labels[..., None]
@@ -37,9 +44,9 @@ def huber(d):
 def test_confidence_is_that_of_the_attack():
     logits, labels = sample()
     p = scipy.special.softmax(logits, -1)
-    found = objectives.confidence(logits, labels)
+    found = CONFIDENCE(logits, labels)
     np.testing.assert_allclose(found, evaluation.logit_confidence(p, labels), rtol=1e-12)
-    of_tokens = objectives.confidence(logits.reshape(2, 3, -1), labels.reshape(2, 3))
+    of_tokens = CONFIDENCE(logits.reshape(2, 3, -1), labels.reshape(2, 3))
     np.testing.assert_allclose(of_tokens, found.reshape(2, 3), rtol=1e-14)
 
 
@@ -52,8 +59,8 @@ def test_confidence_saturates_at_neither_end():
     logits = np.stack([MARGINS, *np.broadcast_to(others[:, None], (3, len(MARGINS)))], -1).astype(np.float32)
     labels = np.zeros(len(MARGINS), int)
     expected = MARGINS - scipy.special.logsumexp(others)
-    np.testing.assert_allclose(objectives.confidence(logits, labels), expected, rtol=1e-6, atol=3e-7)
-    slope = jax.grad(lambda x: objectives.confidence(x, labels).sum())(jnp.asarray(logits))
+    np.testing.assert_allclose(CONFIDENCE(logits, labels), expected, rtol=1e-6, atol=3e-7)
+    slope = gradient(lambda x: CONFIDENCE(x, labels), logits)
     expected = np.append(1, -scipy.special.softmax(others))
     np.testing.assert_allclose(slope, np.broadcast_to(expected, slope.shape), rtol=1e-5, atol=1e-6)
 
@@ -62,9 +69,9 @@ def test_confidence_of_what_does_not_count():
     logits, labels = sample(1, (2, 3))
     mask = np.array([[True, False, True], [False, True, True]])
     logits[~mask], labels[~mask] = np.nan, -100
-    np.testing.assert_array_equal(np.isnan(objectives.confidence(logits, labels, mask)), ~mask)
-    total = lambda x: jnp.sum(objectives.confidence(x, labels, mask), where=mask)
-    slope = jax.grad(total)(jnp.asarray(logits, jnp.float32))
+    np.testing.assert_array_equal(np.isnan(CONFIDENCE(logits, labels, mask)), ~mask)
+    total = lambda x: jnp.sum(CONFIDENCE(x, labels, mask), where=mask)
+    slope = gradient(total, jnp.asarray(logits, jnp.float32))
     np.testing.assert_array_equal(slope[~mask], 0)
     assert np.all(np.isfinite(slope))
 
@@ -77,13 +84,11 @@ def test_target_by_hand():
     (logits, labels), reference = sample(), sample(1)[0]
     c = evaluation.logit_confidence(scipy.special.softmax(logits, -1), labels)
     target = c + np.array([0.0, 0.5, -0.5, 1.0, -3.0, 30.0])
-    without = objectives.confidence_target(logits, labels, target)
+    without = TO_TARGET(logits, labels, target)
     np.testing.assert_allclose(without, [0, 0.125, 0.125, 0.5, 2.5, 29.5], rtol=1e-11, atol=1e-28)
     p, q = among_others(logits, labels), among_others(reference, labels)
     expected = without + scipy.special.rel_entr(q, p).sum(-1)
-    np.testing.assert_allclose(
-        objectives.confidence_target(logits, labels, target, reference), expected, rtol=1e-11
-    )
+    np.testing.assert_allclose(TO_TARGET(logits, labels, target, reference), expected, rtol=1e-11)
 
 
 @pytest.mark.usefixtures("x64")
@@ -95,10 +100,10 @@ def test_target_has_its_gradient_in_closed_form():
     c = evaluation.logit_confidence(scipy.special.softmax(logits, -1), labels)
     pull = np.clip(c - target, -1, 1)[:, None] * (y - p)
     for given, expected in (((target,), pull), ((target, reference), pull + p - q)):
-        found = jax.grad(lambda x, g=given: objectives.confidence_target(x, labels, *g).sum())(logits)
+        found = gradient(lambda x, g=given: TO_TARGET(x, labels, *g), logits)
         np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-14)
-    nothing = jax.grad(lambda given: objectives.confidence_target(logits, labels, *given).sum())
-    assert not any(np.any(slope) for slope in nothing((jnp.asarray(target), jnp.asarray(reference))))
+    nothing = gradient(lambda given: TO_TARGET(logits, labels, *given), (target, reference))
+    assert not any(map(np.any, nothing))
 
 
 def test_target_is_precise_at_both_ends():
@@ -109,10 +114,10 @@ def test_target_is_precise_at_both_ends():
         targets = np.full(len(MARGINS), target, np.float32)
 
         def total(x, targets=targets):
-            values = objectives.confidence_target(x, labels, targets)
+            values = TO_TARGET(x, labels, targets)
             return values.sum(), values
 
-        slope, values = jax.grad(total, has_aux=True)(jnp.asarray(logits))
+        slope, values = jax.jit(jax.grad(total, has_aux=True))(logits)
         np.testing.assert_allclose(values, huber(MARGINS - target), rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(slope[:, 0], np.clip(MARGINS - target, -1, 1), rtol=1e-5, atol=1e-6)
 
@@ -120,24 +125,24 @@ def test_target_is_precise_at_both_ends():
 @pytest.mark.usefixtures("x64")
 def test_odds_among_the_others_do_not_see_the_label():
     logits, labels = sample(4)
-    target = np.asarray(objectives.confidence(logits, labels))
+    target = np.asarray(CONFIDENCE(logits, labels))
     shifted = logits + 7 * np.eye(CLASSES)[labels] + 3
-    value = objectives.confidence_target(logits, labels, target, shifted)
+    value = TO_TARGET(logits, labels, target, shifted)
     np.testing.assert_allclose(value, 0, atol=1e-14)
     # Of two classes there is one other, which has no odds to keep.
     two, of_two = logits[:, :2], labels % 2
-    given = two, of_two, np.asarray(objectives.confidence(two, of_two))
-    np.testing.assert_allclose(objectives.confidence_target(*given, -two), 0, atol=1e-14)
+    given = two, of_two, np.asarray(CONFIDENCE(two, of_two))
+    np.testing.assert_allclose(TO_TARGET(*given, -two), 0, atol=1e-14)
 
 
 def test_odds_among_the_others_are_precise_where_the_label_is_certain():
     """In float32, with 1 - p_y = e^-10000: the others' own logits are exact."""
     logits = np.array([[1e4, 0.25, -0.5, 0.0, 1.5]], np.float32)
     reference = np.array([[1e4, 1.0, 0.5, -0.25, 0.0]], np.float32)
-    labels, target = np.zeros(1, int), np.asarray(objectives.confidence(logits, np.zeros(1, int)))
+    labels, target = np.zeros(1, int), np.asarray(CONFIDENCE(logits, np.zeros(1, int)))
     wide = (among_others(x.astype(np.float64), labels) for x in (reference, logits))
     expected = scipy.special.rel_entr(*wide).sum(-1)
-    value = objectives.confidence_target(logits, labels, target, reference)
+    value = TO_TARGET(logits, labels, target, reference)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
 
 
@@ -149,21 +154,21 @@ def test_tokens_have_the_mean_of_those_that_count(has_reference):
     target = np.random.default_rng(7).normal(size=(2, 3))
     mask = np.array([[True, False, True], [False, True, False]])
     one = lambda x: None if x is None else x.reshape(6, *x.shape[2:])
-    each = objectives.confidence_target(one(logits), one(labels), one(target), one(reference))
+    each = TO_TARGET(one(logits), one(labels), one(target), one(reference))
     expected = np.mean(each.reshape(2, 3), -1, where=mask)
     for x in (logits, target, *([reference] if has_reference else [])):
         x[~mask] = np.nan
     labels[~mask] = -100
-    function = lambda x: objectives.confidence_target(x, labels, target, reference, mask)
+    function = lambda x: TO_TARGET(x, labels, target, reference, mask)
     np.testing.assert_allclose(function(logits), expected, rtol=1e-12)
-    slope = jax.jit(jax.grad(lambda x: function(x).sum()))(logits)
+    slope = gradient(function, logits)
     assert np.all(np.isfinite(slope))
     np.testing.assert_array_equal(np.any(slope != 0, -1), mask)
 
 
 def test_a_target_that_is_none_is_not_hidden():
     logits, labels = sample(0, (2,))
-    value = objectives.confidence_target(logits, labels, np.array([np.nan, 0.0]))
+    value = TO_TARGET(logits, labels, np.array([np.nan, 0.0]))
     np.testing.assert_array_equal(np.isnan(value), [True, False])
 
 
@@ -171,9 +176,9 @@ def test_descent_ends_at_the_target_from_both_sides():
     logits, labels = (jnp.asarray(x) for x in sample(8, (4,)))
     logits = logits.astype(jnp.float32)
     target = np.array([-2.0, 0.5, 3.0, 6.0], np.float32)
-    loss = lambda x: objectives.confidence_target(x, labels, target, logits).sum()
+    loss = lambda x: TO_TARGET(x, labels, target, logits).sum()
     found = jax.lax.fori_loop(0, 1500, lambda _, x: x - 0.3 * jax.grad(loss)(x), logits)
-    np.testing.assert_allclose(objectives.confidence(found, labels), target, atol=1e-3)
+    np.testing.assert_allclose(CONFIDENCE(found, labels), target, atol=1e-3)
     kept, before = (among_others(np.asarray(x, np.float64), np.asarray(labels)) for x in (found, logits))
     np.testing.assert_allclose(kept, before, atol=1e-3)
 

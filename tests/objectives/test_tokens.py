@@ -18,6 +18,7 @@ from tests.representatives import slow_unless
 
 B, T, D, V = 2, 7, 3, 5
 by_token = objectives.by_token
+TOP = jax.jit(objectives.top_log_probabilities, static_argnums=1)
 
 
 def texts(seed=0, shape=(B, T), dtype=np.float64):
@@ -26,20 +27,17 @@ def texts(seed=0, shape=(B, T), dtype=np.float64):
     return hidden.astype(dtype), embedding.astype(dtype), rng.integers(0, V, shape).astype(np.int32)
 
 
-def top(key):
-    """Arrays of `kl_to_cached_reference`: a pytree for each token."""
-    return objectives.top_log_probabilities(jax.random.normal(key, (B, T, V)), 2)
-
-
 def arrays_of(objective):
     """What each objective takes beside logits, of every token."""
-    key, labels = jax.random.key(1), texts()[2]
-    values = jax.random.normal(key, (B, T))
+    rng, labels = np.random.default_rng(1), texts()[2]
+    values, logits = rng.normal(size=(B, T)), rng.normal(size=(B, T, V))
     return {
         objectives.kl_to_uniform: (),
-        objectives.kl_to_reference: (jax.random.normal(key, (B, T, V)),),
-        objectives.kl_to_cached_reference: (top(key),),
-        objectives.confidence_target: (labels, values, jax.random.normal(key, (B, T, V))),
+        objectives.kl_to_reference: (logits,),
+        objectives.kl_to_cached_reference: (
+            jax.jit(objectives.top_log_probabilities, static_argnums=1)(logits, 2),
+        ),
+        objectives.confidence_target: (labels, values, logits),
     }.get(objective, (labels,))
 
 
@@ -141,7 +139,8 @@ def test_heads_that_divide_by_the_norm():
 def test_a_label_that_is_none_is_nan_where_it_counts():
     hidden, embedding, labels = texts(dtype=np.float32)
     labels[0, 2], labels[1, 6] = -100, V
-    values = by_token(objectives.cross_entropy, hidden, lambda h: h @ embedding.T, labels, chunk=3)
+    function = lambda x: by_token(objectives.cross_entropy, x, lambda h: h @ embedding.T, labels, chunk=3)
+    values = jax.jit(function)(hidden)
     np.testing.assert_array_equal(np.isnan(values), (labels < 0) | (labels >= V))
 
 
@@ -174,7 +173,7 @@ def test_sums_over_tokens_are_log_probabilities_of_texts():
         log_p = objectives.sequence_log_probability(hidden @ embedding.T, labels, mask)
         return objectives.npo(log_p, np.full(B, -9.0)).sum()
 
-    found, expected = (jax.value_and_grad(way)(jnp.asarray(embedding)) for way in (chunked, plain))
+    found, expected = (jax.jit(jax.value_and_grad(way))(embedding) for way in (chunked, plain))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-11), found, expected)
 
 
