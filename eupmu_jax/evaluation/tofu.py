@@ -156,7 +156,8 @@ def forget_quality(unlearned: ArrayLike, retrained: ArrayLike) -> float:
     both = _check_ratios("unlearned", unlearned), _check_ratios("retrained", retrained)
     if np.isnan(both[0]).any() or np.isnan(both[1]).any():
         return float("nan")
-    return float(ks_2samp(*both).pvalue)
+    _, p_value = np.asarray(ks_2samp(*both))
+    return float(p_value)
 
 
 def model_utility(scores: Mapping[str, float]) -> float:
