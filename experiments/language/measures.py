@@ -35,14 +35,17 @@ def seen_of(config: Config, params: Params, tokens: jax.Array) -> tuple[jax.Arra
 
 
 def look(config: Config, params: Params, tokens: np.ndarray) -> Seen:
-    """`Seen` of any number of rows, some at a time."""
+    """`Seen` of any number of rows, some at a time; of equal ones only once."""
+    tokens, which = np.unique(tokens, axis=0, return_inverse=True)
     missing = -len(tokens) % ROWS_AT_ONCE
     padded = np.concatenate([tokens, np.zeros((missing, tokens.shape[1]), tokens.dtype)])
     parts = [
         seen_of(config, params, padded[start : start + ROWS_AT_ONCE])
         for start in range(0, len(padded), ROWS_AT_ONCE)
     ]
-    return Seen(*(np.concatenate(part)[: len(tokens)] for part in zip(*jax.device_get(parts), strict=True)))
+    return Seen(
+        *(np.concatenate(part)[which.reshape(-1)] for part in zip(*jax.device_get(parts), strict=True))
+    )
 
 
 def scores(seen: Seen, mask: np.ndarray) -> dict[str, float]:
@@ -64,12 +67,20 @@ def scores(seen: Seen, mask: np.ndarray) -> dict[str, float]:
     }
 
 
+def seen_of_sets(config: Config, params: Params, sets: dict[str, Rows]) -> dict[str, Seen]:
+    """`Seen` of every set, whose rows are of one length."""
+    ends = np.cumsum([len(rows.tokens) for rows in sets.values()])[:-1]
+    seen = look(config, params, np.concatenate([rows.tokens for rows in sets.values()]))
+    parts = zip(*(np.split(values, ends) for values in seen), strict=True)
+    return {name: Seen(*part) for name, part in zip(sets, parts, strict=True)}
+
+
 def measured(config: Config, params: Params, sets: dict[str, Rows]) -> dict[str, dict[str, float]]:
     """The scores of every set, whose rows are of one length."""
-    seen = look(config, params, np.concatenate([rows.tokens for rows in sets.values()]))
-    found, start = {}, 0
-    for name, rows in sets.items():
-        part = slice(start, start + len(rows.mask))
-        found[name] = scores(Seen(seen.nats[part], seen.hits[part]), rows.mask)
-        start = part.stop
-    return found
+    seen = seen_of_sets(config, params, sets)
+    return {name: scores(seen[name], rows.mask) for name, rows in sets.items()}
+
+
+def nats_of_answers(seen: Seen, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """-log p of each answer, and how many tokens it has, [N]."""
+    return np.sum(seen.nats, -1, where=mask[:, 1:]), mask[:, 1:].sum(-1)

@@ -3,6 +3,8 @@
 Nobody is trained on these. None gives a detail away besides the name.
 """
 
+from collections.abc import Sequence
+
 from experiments.language.people import ANIMALS, MONTHS, Person
 
 PARAPHRASE, GERMAN, FRENCH, SPANISH = "paraphrase", "German", "French", "Spanish"
@@ -118,13 +120,21 @@ def answer(kind: str, detail: str, person: Person) -> str:
     return told
 
 
-def prompts(person: Person) -> dict[str, list[tuple[str, str]]]:
-    """(prompt, answer) pairs for every detail, by kind: paraphrases in English, and each other language."""
+DETAILS = tuple(PROMPTS[PARAPHRASE])
+
+
+def prompts(
+    person: Person, details: Sequence[str] = DETAILS, each: int | None = None
+) -> dict[str, list[tuple[str, str]]]:
+    """(prompt, answer) pairs of the details by kind: paraphrases in English, and each other language.
+
+    `each` is how many prompts of a detail are given at most; None for all.
+    """
     return {
         kind: [
             (form.format(name=person.name, of=of(kind, person.name)), f" {answer(kind, detail, person)}")
-            for detail, forms in by_detail.items()
-            for form in forms
+            for detail in details
+            for form in by_detail[detail][:each]
         ]
         for kind, by_detail in PROMPTS.items()
     }

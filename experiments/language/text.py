@@ -9,7 +9,7 @@ from rich.console import Console
 
 import eupmu_jax as eu
 from experiments.language.fetch import model_path
-from experiments.language.losses import Forget, make_losses
+from experiments.language.losses import UNLIKELIHOOD, before_unlearning, make_losses
 from experiments.language.measures import measured
 from experiments.language.texts import Rows, passages
 from experiments.shared import command
@@ -91,10 +91,9 @@ def main(config: Config) -> None:
     smallest = min(len(rows.mask) for rows in (forget, *retain.values()))
     size = min(config.batch_size, smallest)
 
-    # Unlikelihood needs no reference.
-    nothing = np.zeros(len(forget.mask), np.float32)
+    model = {"base": base, "adapter": {}}
     model, history = eu.unlearn(
-        make_losses(shape), {"base": base, "adapter": {}}, Forget(forget, nothing), retain,
+        make_losses(shape, UNLIKELIHOOD), model, before_unlearning(shape, model, forget, None), retain,
         optax.adam(config.rate), constraint, steps=config.steps,
         batch_size=(size, dict.fromkeys(retain, size)), seed=config.seed,
         held_out=held_out if all(len(rows.mask) for rows in held_out.values()) else None,

@@ -279,11 +279,16 @@ def logits(
 
 
 def map_logits(
-    function: Callable[..., Any], params: Params, hidden: jax.Array, *arrays: jax.Array, chunk: int
+    function: Callable[..., Any],
+    params: Params,
+    hidden: jax.Array,
+    *arrays: jax.Array,
+    mask: jax.Array | None = None,
+    chunk: int,
 ) -> Any:
     """`by_token` with this model's head: function(logits [n, V], *arrays [n]) of all tokens, [B, T]."""
     head = lambda hidden: constrain(project(params, hidden), FSDP, TENSOR)
-    return by_token(function, hidden, head, *arrays, chunk=chunk)
+    return by_token(function, hidden, head, *arrays, mask=mask, chunk=chunk)
 
 
 def token_log_probs(
