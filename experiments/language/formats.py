@@ -97,8 +97,8 @@ def read_wmdp_questions(path: pathlib.Path) -> list[MultipleChoice]:
 def read_corpus(path: pathlib.Path) -> list[str]:
     """The texts of a corpus, such as MUSE's raw/forget.json or WMDP's bio_remove_dataset.jsonl.
 
-    Each is a JSON object with a "text", or a JSON string. A .txt file is one text. A .jsonl file that does not
-    begin as JSON holds a text in each line, as some of WMDP's do. Blank texts are left out.
+    Each is a JSON object with a "text", or a JSON string. A .txt file is one text. A .jsonl file that does
+    not begin as JSON holds a text in each line, as some of WMDP's do. Blank texts are left out.
     """
     if path.suffix == ".txt":
         found = iter([(str(path), content(path))])
