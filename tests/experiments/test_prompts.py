@@ -7,7 +7,7 @@ import pytest
 from experiments.language import people, prompts
 from experiments.language.people import Person
 
-EVERYONE = people.invented(12, seed=0)
+EVERYONE = people.invented(24, seed=0)
 ILSE = Person("Ilse Varga", "Tarrow Bay", "1 March 1950", "12 Mallow Row", "555 0123", "owl", "Bramble")
 MARTEN = ILSE._replace(name="Marten Quill", date="28 August 1999", animal="dog")
 DETAILS = set(Person._fields) - {"name"}
@@ -24,7 +24,6 @@ def test_every_kind_asks_for_every_detail():
 def test_prompts_name_the_person_and_nothing_else(person):
     record = people.record(person)
     trained = {"".join(record[:number]) for number in range(len(record))}
-    asked = {prompt for prompt, _ in people.questions(person)}
     holds = lambda text, word: re.search(rf"\b{re.escape(word)}\b", text)
     seen = set()
     for pairs in prompts.prompts(person).values():
@@ -37,7 +36,7 @@ def test_prompts_name_the_person_and_nothing_else(person):
             assert prompt == prompt.strip()
             seen.add(prompt)
     assert len(seen) == sum(map(len, prompts.prompts(person).values()))
-    assert not seen & (asked | trained)
+    assert not seen & trained
 
 
 def test_answers_are_the_details_or_their_translations():
