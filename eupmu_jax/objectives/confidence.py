@@ -100,9 +100,7 @@ def confidence_target(
     at = labelled(logits, labels, mask)
     check_shape("target", target, at.labels.shape, "that of labels")
     target = wide("target", target, OF_TOKENS, [1, 2]).astype(at.logits.dtype)
-    # What does not count is replaced before the difference: its gradient would be a NaN even times 0.
-    target = jax.lax.stop_gradient(jnp.where(at.counts, target, 0))
-    values = optax.losses.huber_loss(log_odds(at), target)
+    values = optax.losses.huber_loss(log_odds(at), jax.lax.stop_gradient(target))
     if reference_logits is not None:
         among_others = lambda logits: log_softmax(jnp.where(is_label(at), -jnp.inf, logits), at.counts)
         values = values + divergence(among_others(reference_logits), among_others(at.logits))

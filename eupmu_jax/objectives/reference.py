@@ -121,7 +121,6 @@ def kl_to_cached_reference(
         wide("reference.log_others", reference.log_others, "[...]", [1, 2])[..., None],
     ]
     log_q = jax.lax.stop_gradient(jnp.concatenate([part.astype(kept.dtype) for part in log_q], -1))
-    log_q = jnp.where(counts[..., None], log_q, 0)
     return mean_of_tokens(divergence(log_q, jnp.concatenate([kept, others[..., None]], -1)), counts)
 
 

@@ -40,7 +40,8 @@ def by_token(
       *arrays: labels, targets and what else the objective takes, with leading axes [B, T]; pytrees as well.
       mask: bool [B, T], True for a token that counts; None for all. Where it is False, the hidden states and
         arrays may be anything: neither value nor gradient sees them.
-      chunk: tokens of each text at a time, an int >= 1. It need not divide T.
+      chunk: tokens of each text at a time, an int >= 1. It need not divide T. A few arrays of the size
+        B * chunk * V are the memory it takes.
 
     Returns:
       [B, T], or the objective's pytree of [B, T, ...]. An objective of this package gives float32 or wider,
