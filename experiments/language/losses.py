@@ -77,7 +77,7 @@ def forget_loss(kind: str, model: Model, hidden: jax.Array, forget: Forget) -> e
 def retain_losses(model: Model, hidden: jax.Array, retain: Mapping[str, Rows]) -> eu.Mean:
     """Nats per token of each set, [K] in sorted order; the rows of hidden follow each other in that order."""
     sets = [retain[name] for name in sorted(retain)]
-    together = Rows(*(jnp.concatenate(part) for part in zip(*sets, strict=True)))
+    together: Any = jax.tree.map(lambda *parts: jnp.concatenate(parts), *sets)
     nats = of_tokens(objectives.cross_entropy, model, hidden, together)
     ends = np.cumsum([len(rows.tokens) for rows in sets])[:-1]
     means = [of_all(part, rows) for part, rows in zip(jnp.split(nats, ends), sets, strict=True)]

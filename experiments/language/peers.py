@@ -66,7 +66,7 @@ def by_constraint(constraint: eu.Tolerance | eu.Budget) -> Unlearn:
             batch_size=(len(job.forget.reference), dict(job.sizes)), seed=job.seed, trainable=job.trains,
             callbacks=[lambda params, metrics: tell()], every=1, held_out=dict(job.held_out),
         )  # fmt: skip
-        seen = {key: history.steps[key] for key in ("forget_loss", "retain_loss", "multiplier")}
+        seen: Seen = {key: history.steps[key] for key in ("forget_loss", "retain_loss", "multiplier")}
         if history.promise is not None:
             seen["promise"] = history.promise._asdict()
         return model, seen
@@ -97,14 +97,18 @@ def by_peer(make: Callable[..., Method], knobs: Callable[[Job], dict[str, float]
         step = jax.jit(method.step, donate_argnums=(0, 1))
         # The first step takes the buffers over.
         base = jax.tree.map(jnp.copy, model["base"])
-        state, rng, seen = method.init(base, None), np.random.default_rng(job.seed), []
-        for i in range(job.steps):
+        rng, seen = np.random.default_rng(job.seed), []
+
+        def batch(progress: float) -> Batch:
             rows = {
                 name: part.taken(rng.choice(len(part.tokens), job.sizes[name], replace=False))
                 for name, part in job.retain.items()
             }
-            batch = Batch(job.forget, rows, jnp.float32(i / job.steps), jnp.float32(0))
-            base, state, of_step = step(base, state, batch)
+            return Batch(job.forget, rows, jnp.float32(progress), jnp.float32(0))
+
+        state = method.init(base, batch(0))
+        for i in range(job.steps):
+            base, state, of_step = step(base, state, batch(i / job.steps))
             seen.append(jax.device_get(of_step))
             tell()
         return {"base": base, "adapter": {}}, {key: np.array([one[key] for one in seen]) for key in seen[0]}
