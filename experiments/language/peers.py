@@ -56,6 +56,16 @@ Unlearn = Callable[[Job, Model, Callable[[], None]], tuple[Model, Seen]]
 """(job, model, called after each step) -> the model, and what was seen."""
 
 
+def told_of_steps(tell: Callable[[], None]) -> Callable[[Any, dict[str, Any]], None]:
+    """A callback that tells of every step, and not of the look before the first."""
+
+    def callback(params: Any, metrics: dict[str, Any]) -> None:
+        if metrics["step"]:
+            tell()
+
+    return callback
+
+
 def by_constraint(constraint: eu.Tolerance | eu.Budget) -> Unlearn:
     """`eu.unlearn`: EUPMU, and its budgets measured and repaired."""
 
@@ -64,7 +74,7 @@ def by_constraint(constraint: eu.Tolerance | eu.Budget) -> Unlearn:
             make_losses(job.config, job.objective), model, job.forget, dict(job.retain),
             optax.adam(job.rate), constraint, steps=job.steps,
             batch_size=(len(job.forget.reference), dict(job.sizes)), seed=job.seed, trainable=job.trains,
-            callbacks=[lambda params, metrics: tell()], every=1, held_out=dict(job.held_out),
+            callbacks=[told_of_steps(tell)], every=1, held_out=dict(job.held_out),
         )  # fmt: skip
         seen: Seen = {key: history.steps[key] for key in ("forget_loss", "retain_loss", "multiplier")}
         if history.promise is not None:
