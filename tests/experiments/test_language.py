@@ -188,6 +188,38 @@ def test_smoke_run_and_resume_after_a_kill(tmp_path):
     assert records["look", study.REFERENCE]["scores"]["forgotten"]["verbatim"] == 0
     for name in "tables.md", "report.html", "transcripts.md", "runs.png", "attacks.png":
         assert (folder / name).stat().st_size > 0
+    # Two requests, of which one is done already when it is started again.
+    ask = [sys.executable, "-m", "experiments.language.requests", "--run", str(folder), "--steps", "1"]
+    for amount in 1, 2:
+        ended = subprocess.run([*ask, "--requests", str(amount)], capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stderr
+    records = read_records(folder / "requests.jsonl")
+    assert list(records) == [("requests", "before"), ("requests", 0), ("requests", 1)]
+    assert "After 2 requests" in (folder / "requests.md").read_text()
+    assert not (folder / "models" / "request-1").exists()
+    load(folder / "models" / "request-2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rate", "status"), [("1e-3", 0), ("30", 3)])
+def test_a_text_is_forgotten_or_the_exit_status_says_so(tmp_path, rate, status):
+    """At a rate of 30 no step back helps: what is saved is the model as it was."""
+    tiny.make(tmp_path / "tiny", seed=0)
+    (tmp_path / "secret.txt").write_text("the quick brown fox jumps over the lazy dog; " * 8)
+    (tmp_path / "prose.txt").write_text("what should stay is another text altogether, told here. " * 8)
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-m", "experiments.language.text", "--model", str(tmp_path / "tiny")),
+            *("--forget", str(tmp_path / "secret.txt"), "--keep", f"prose={tmp_path / 'prose.txt'}"),
+            *("--budget", "prose=0.01", "--out", str(tmp_path / "out"), "--steps", "6", "--rate", rate),
+        ],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert ended.returncode == status, ended.stderr
+    before, after = (load(tmp_path / name).params for name in ("tiny", "out"))
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), before, after)
+    assert all(jax.tree.leaves(same)) == (status == 3)
+    assert "the text to forget:" in ended.stdout
 
 
 @pytest.mark.slow
