@@ -39,7 +39,7 @@ from experiments.shared.records import Record, Records
 from experiments.shared.testbed import Progress
 
 ORIGINAL, REFERENCE = "original", "reference"
-BUDGETS = {"chat": 0.1, "others": 0.05, "prose": 0.1}
+BUDGETS = {"chat": 0.1, "others": 0.02, "prose": 0.1}
 LORA_RANK = 8
 
 
