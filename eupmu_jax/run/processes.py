@@ -1,5 +1,6 @@
 """Several processes as one run: what they tell each other, and that none waits for one that has ended."""
 
+import atexit
 import contextlib
 import itertools
 import json
@@ -27,6 +28,24 @@ RUNS = itertools.count()
 GRACE_SECONDS = 30.0
 
 
+def _store() -> Any:
+    """What processes share beside their devices: JAX's key-value store, which is in process 0."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _say_that_it_ends() -> None:
+    """Before JAX waits at its end for all processes: they may be waiting for this one to come to unlearn."""
+    if _store() is not None:
+        error = getattr(sys, "last_value", None)
+        why = "its program is over" if error is None else f"{type(error).__name__}: {error}"
+        _store().key_value_set(f"eupmu/ended/{jax.process_index()}", why[:400])
+
+
+atexit.register(_say_that_it_ends)
+
+
 class Processes:
     """The processes of a run. Of one alone, everything here is what it would be without.
 
@@ -43,13 +62,6 @@ class Processes:
         self._first_of_part = [parts.index(part) for part in range(self.parts)]
         self._name, self._number = f"eupmu/{next(RUNS)}", 0
         self._over, self._watch = threading.Event(), None
-
-    @property
-    def _told(self) -> Any:
-        """What the processes share beside their devices: JAX's key-value store, in process 0."""
-        from jax._src import distributed
-
-        return distributed.global_state.client
 
     def __enter__(self) -> Self:
         if self.count > 1:
@@ -78,7 +90,7 @@ class Processes:
         if self.count > 1 and not self._over.is_set():
             self._over.set()
             text = f"{type(error).__name__}: {error}"
-            self._told.key_value_set(f"{self._name}/ended/{self.index}", text[:400])
+            _store().key_value_set(f"{self._name}/ended/{self.index}", text[:400])
 
     def each(self, do: Callable[[], T]) -> list[T]:
         """What `do` gives in each process, as JSON has it; RuntimeError if one has ended instead."""
@@ -89,7 +101,7 @@ class Processes:
         found = self._gathered(str(self._number), value)
         # All are here, so that nobody looks at the one before any more.
         if self._number > 1:
-            self._told.key_value_delete(f"{self._name}/{self._number - 1}/{self.index}")
+            _store().key_value_delete(f"{self._name}/{self._number - 1}/{self.index}")
         assert found is not None
         return found
 
@@ -127,7 +139,7 @@ class Processes:
     def _gathered(self, key: str, value: object, seconds: float | None = None) -> list[Any] | None:
         """The value of each process under this key; None if they are not there in time."""
         place = f"{self._name}/{key}/"
-        self._told.key_value_set(f"{place}{self.index}", json.dumps(value))
+        _store().key_value_set(f"{place}{self.index}", json.dumps(value))
         began = time.monotonic()
         while True:
             found = self._at(place)
@@ -135,7 +147,7 @@ class Processes:
             if not missing:
                 return [json.loads(found[process]) for process in range(self.count)]
             if seconds is None:
-                ended = self._at(f"{self._name}/ended/")
+                ended = self._at("eupmu/ended/") | self._at(f"{self._name}/ended/")
                 for process in ended.keys() & set(missing):
                     self._over.set()
                     raise RuntimeError(f"process {process} has ended, and so do all: {ended[process]}")
@@ -143,13 +155,13 @@ class Processes:
                 return None
             # A second at a time, so that Ctrl-C is heard.
             try:
-                self._told.blocking_key_value_get(f"{place}{missing[0]}", 1000)
+                _store().blocking_key_value_get(f"{place}{missing[0]}", 1000)
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
 
     def _at(self, place: str) -> dict[int, str]:
-        return {int(key.rsplit("/", 1)[1]): value for key, value in self._told.key_value_dir_get(place)}
+        return {int(key.rsplit("/", 1)[1]): value for key, value in _store().key_value_dir_get(place)}
 
     def _end_if_left(self) -> None:
         """Ends this process if it waits in vain for one that has ended, which nothing else would end."""

@@ -223,7 +223,8 @@ def within(trained: PyTree, of: Retained, constraint: Budget) -> tuple[PyTree, P
 @jax.jit
 def _polyak(trained: PyTree, slopes: tuple[PyTree, PyTree], excess: jax.Array) -> PyTree:
     def product(a, b):
-        products = jax.tree.map(lambda x, y: jnp.vdot(x, y, preferred_element_type=jnp.float32), a, b)
+        wide = lambda leaf: jnp.promote_types(leaf.dtype, jnp.float32)
+        products = jax.tree.map(lambda x, y: jnp.vdot(x, y, preferred_element_type=wide(x)), a, b)
         return jax.tree.reduce(jnp.add, products)
 
     slope = jax.tree.map(lambda a, b: (a + b) / 2, *slopes)

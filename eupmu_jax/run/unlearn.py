@@ -206,7 +206,7 @@ def unlearn(
             "folder": folder,
         }
         processes.check_same(
-            given={name: type(value).__name__ for name, value in (given | functions).items()},
+            **{name: type(value).__name__ for name, value in (given | functions).items()},
             plan=plan._asdict(),
             constraint=constraint_as_data(constraint),
             params=described(params),
