@@ -39,7 +39,7 @@ def join(heartbeat: int = 10) -> tuple[int, list[str]]:
     return int(index), arguments
 
 
-def wait(processes: list[subprocess.Popen], seconds: float = 500) -> list[str]:
+def wait(processes: list[subprocess.Popen], seconds: float = 200) -> list[str]:
     """What they wrote, when all have ended."""
     try:
         return [process.communicate(timeout=seconds)[1] for process in processes]

@@ -309,16 +309,10 @@ def test_none_waits_for_one_that_has_ended(tmp_path, who, how):
 
 
 def work_on_a_long_run(index, folder):
-    def slowly(params):
-        time.sleep(0.1)
-        return {"size": float(jnp.sum(params["w"] ** 2))}
-
     case = CASES["several sets, sharded"]
-    ends = run(case, FORGET[index], case.retain[index], None, folder=folder, seed=1, callbacks=[
-        lambda params, metrics: time.sleep(0.1)
-    ])  # fmt: skip
-    if index == 0:
-        pathlib.Path(f"{folder}.pickle").write_bytes(pickle.dumps(plain(*ends)))
+    slowly = [lambda params, metrics: time.sleep(0.1)]
+    end = plain(*run(case, FORGET[index], case.retain[index], None, folder=folder, callbacks=slowly))
+    pathlib.Path(f"{folder}.{index}.pickle").write_bytes(pickle.dumps(end))
 
 
 @pytest.mark.slow
@@ -340,8 +334,13 @@ def test_one_process_killed_at_any_moment(tmp_path):
         assert time.monotonic() - began < 60
     finish(__file__, "long", str(tmp_path / "killed"))
     finish(__file__, "long", str(tmp_path / "whole"))
-    killed, whole = (pickle.loads((tmp_path / f"{name}.pickle").read_bytes()) for name in ("killed", "whole"))
-    jax.tree.map(np.testing.assert_array_equal, killed, whole)
+    ends = [
+        pickle.loads((tmp_path / f"{name}.{index}.pickle").read_bytes())
+        for name in ("killed", "whole")
+        for index in (0, 1)
+    ]
+    for end in ends:
+        jax.tree.map(np.testing.assert_array_equal, end, ends[0])
 
 
 if __name__ == "__main__":
