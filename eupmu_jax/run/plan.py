@@ -90,6 +90,12 @@ def check_split(
             )
 
 
+def kinds(**given: object) -> dict[str, str]:
+    """Of arguments that differ from process to process, what must not."""
+    kind = lambda value: "None" if value is None else "a function" if callable(value) else "given"
+    return {name: kind(value) for name, value in given.items()}
+
+
 def check_functions(callbacks: object, **functions: object) -> None:
     for name, function in functions.items():
         if function is not None and not callable(function):

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,8 +31,6 @@ GRACE_SECONDS = 30.0
 
 def _store() -> Any:
     """What processes share beside their devices: JAX's key-value store, which is in process 0."""
-    from jax._src import distributed
-
     return distributed.global_state.client
 
 
@@ -40,7 +39,8 @@ def _say_that_it_ends() -> None:
     if _store() is not None:
         error = getattr(sys, "last_value", None)
         why = "its program is over" if error is None else f"{type(error).__name__}: {error}"
-        _store().key_value_set(f"eupmu/ended/{jax.process_index()}", why[:400])
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _store().key_value_set(f"eupmu/ended/{distributed.global_state.process_id}", why[:400])
 
 
 atexit.register(_say_that_it_ends)
@@ -127,7 +127,7 @@ class Processes:
 
     def check_same(self, **given: Any) -> None:
         """ValueError that names what process 0 was given and another process was not."""
-        first, *others = self.each(lambda: json.loads(json.dumps(given, default=str)))
+        first, *others = self.each(lambda: given)
         for process, other in enumerate(others, 1):
             for name, value in first.items():
                 if other[name] != value:

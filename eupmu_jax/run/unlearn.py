@@ -34,7 +34,7 @@ from eupmu_jax.run.folder import Folder, saved_description
 from eupmu_jax.run.leaves import by_path, check_numeric, described, joined, parted, rows_not_finite
 from eupmu_jax.run.ledger import Best, Ledger, Run
 from eupmu_jax.run.loop import Hooks, Inputs, Metrics, on_inputs, run_to_the_end
-from eupmu_jax.run.plan import check_functions, check_places, check_split, planned
+from eupmu_jax.run.plan import check_functions, check_places, check_split, kinds, planned
 from eupmu_jax.run.processes import Processes, processes_of
 from eupmu_jax.run.progress import progress_bar, say_where_it_goes_on
 from eupmu_jax.run.promise import Promise, retained, rise_on_unseen, unseen_sets, verdict, within
@@ -106,6 +106,15 @@ def unlearn(
     interrupted, even killed, goes on from its last checkpoint when it is started again, and ends with the
     same parameters to the bit. Needs the extra "run" for that folder and for the progress bar.
 
+    Of several processes, joined by ``jax.distributed.initialize`` and with a ``mesh`` of all their devices,
+    each gives its own rows: forget, retain, measured_on and held_out are its parts of the sets. It gives an
+    equal share of every batch, drawn from its own rows; a function returns the rows of this process. The
+    budget is measured on all rows of all processes, each row once, however uneven the parts are. All else is
+    given alike to all. Every process calls evaluate, score, stop and callbacks, and what process 0 gets
+    counts. Process 0 writes metrics, warns and shows how far the run is. If a process raises, all end within
+    a minute and name it. If one dies, JAX ends the others when its heartbeat is missed, by default after 100
+    seconds: give ``heartbeat_timeout_seconds=30`` to ``jax.distributed.initialize``.
+
     In memory are, beside the given params, one copy of the trained leaves, the optimiser's state, and with
     ``score`` one more copy, the best so far; of the frozen leaves there is no copy. A checkpoint that is
     being written has a copy in the host's memory.
@@ -127,7 +136,7 @@ def unlearn(
         of the whole retain set before the first step.
       steps, epochs: how long: a number of steps, or of passes over the forget set. One of the two.
       batch_size: rows of the forget and of the retain batch, one number or two; the second may be a list or
-        dict, one number for each of several retain sets.
+        dict, one number for each of several retain sets. Of several processes those of all together.
       seed: of batches and keys.
       trainable: path of a leaf ("layers.0.kernel", as in params.safetensors) -> whether it is trained. The
         other leaves reach losses_fn as they are; they are neither copied nor saved, and run.json has their
@@ -144,8 +153,9 @@ def unlearn(
         what you keep of params: the next step takes over their memory.
       folder: where metrics.jsonl, checkpoints and the description of the run go; the same one to
         resume, with the same arguments (compared, but for what functions and inner do). None keeps
-        nothing on disk.
-      mesh: as for `training_step`, of one process.
+        nothing on disk. Several processes need it on a file system that they share.
+      mesh: as for `training_step`. Of several processes each holds its own part of the first axis; those that
+        hold the same part of it, as where one model lies in several processes, give the same rows.
       measured_on: rows like those of retain, on which a budget is measured before and after, where retain is
         a function. Without, nothing is measured then, and the budget starts from the first ten batches.
       held_out: rows like those of retain that nothing is trained on: the rise of the loss there is measured,
@@ -159,9 +169,10 @@ def unlearn(
       TypeError: what `eupmu` raises for its arguments.
       ValueError: an empty set, a batch larger than its set, batches that change shape, neither or both of
         steps and epochs; several retain sets and another number of retain losses; trainable accepts no leaf;
-        a folder with another run, a damaged checkpoint. And what `eupmu` raises.
+        a folder with another run, a damaged checkpoint; several processes without mesh, or with settings that
+        differ. And what `eupmu` raises.
       RuntimeError: a data function that raises, naming the step; the steps before it are done, and kept
-        in folder.
+        in folder. Another process that raised, naming it.
       OSError: a checkpoint that cannot be written; the last good one is kept.
 
     Example:
@@ -197,16 +208,9 @@ def unlearn(
         checked_on = sets
         if measured_on is not None:
             checked_on = retain_sets(measured_on, max(1, min(plan.retain_rows) // parts))
-        given = {"forget": forget, "retain": retain, "measured_on": measured_on, "held_out": held_out}
-        functions = {
-            "evaluate": evaluate,
-            "score": score,
-            "stop": stop,
-            "trainable": trainable,
-            "folder": folder,
-        }
         processes.check_same(
-            **{name: type(value).__name__ for name, value in (given | functions).items()},
+            **kinds(forget=forget, retain=retain, measured_on=measured_on, held_out=held_out),
+            **kinds(evaluate=evaluate, score=score, stop=stop, trainable=trainable, folder=folder),
             plan=plan._asdict(),
             constraint=constraint_as_data(constraint),
             params=described(params),
