@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -246,7 +246,7 @@ def store(monkeypatch):
     return store
 
 
-def in_threads(*works):
+def in_threads(*works) -> list[Any]:
     """What each work comes to, called with its own `Processes` of one run; an error as a value."""
     own = [Processes(index=index, parts=tuple(range(len(works)))) for index in range(len(works))]
     for each in own:
@@ -355,7 +355,7 @@ def test_a_process_that_waits_elsewhere_is_ended(monkeypatch, capsys):
     assert "process 0 ends: process 1 has ended" in capsys.readouterr().err
 
 
-def mesh_over(monkeypatch, holders):
+def mesh_over(monkeypatch, holders) -> Any:
     """A mesh whose devices belong to these processes."""
     holders = np.asarray(holders)
     devices = np.vectorize(lambda process: SimpleNamespace(process_index=process), otypes=[object])(holders)
