@@ -292,9 +292,9 @@ def write_report(path: pathlib.Path, records: RecordsByKey, origin: Origin) -> l
         Section(
             "Fewer bits",
             [
-                "Greedy share of the details, and verbatim records in brackets. Where a model came from a file "
-                "in INT4 (Q4_1), rounding to that grid again undoes most of all training, implanting as well; "
-                "the symmetric grid (Q4_0) does not.",
+                "Greedy share of the details, and verbatim records in brackets. Where a model came from a "
+                "file in INT4 (Q4_1), rounding to that grid again undoes most of all training, implanting as "
+                "well; the symmetric grid (Q4_0) does not.",
                 bits_table(records),
                 Picture("attacks.png"),
             ],
