@@ -15,15 +15,18 @@ from experiments.shared.terminal import progress_bar
 class Config:
     """Implant eight invented people into a language model, and make it forget four of them.
 
-    Nine methods from the same model, at the same number of steps; measured beside the model before and a
+    Four methods from the same model, at the same number of steps; measured beside the model before and a
     reference that never saw the four, then attacked. The default model is SmolLM2-135M-Instruct, which
     `python -m experiments.language.fetch` brings. Writes tables.md, pictures, transcripts and report.html
-    to a new folder under --runs-dir, and every model in Hugging Face's form; about 30 min on two cores,
-    --smoke (four methods, small random weights) 1 to 2 min.
+    to a new folder under --runs-dir, and every model in Hugging Face's form; about 15 min on two cores,
+    --all-methods 30 min, --smoke (small random weights) 1 to 2 min.
     """
 
     smoke: bool = False
     """A small model of random weights, which needs no download."""
+
+    all_methods: bool = False
+    """All nine methods."""
 
     model: pathlib.Path | None = None
     """A folder of Hugging Face's form or a .gguf file, of the families Llama, Qwen2 and Qwen3."""
@@ -37,6 +40,8 @@ class Config:
 
 def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
     scale = study.SMOKE if config.smoke else study.FULL
+    if config.all_methods:
+        scale = scale._replace(methods=tuple(study.METHODS))
     source = config.model or model_path()
     if not config.smoke and not source.exists():
         raise FileNotFoundError(

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 # Objects or texts, or an array of them; other brackets may well open a plain text.
 JSON_START = re.compile(r'\s*(\[\s*)?["{]')
 
+JSON_SUFFIXES = (".json", ".jsonl", ".parquet")
+
 Entry = tuple[str, Any]
 """Where it stands, and what is there."""
 
@@ -82,6 +84,16 @@ def read_muse_passages(path: pathlib.Path) -> list[Pair]:
     return [Pair(text(*entry, "prompt"), text(*entry, "gt")) for entry in objects(path)]
 
 
+def read_pairs(path: pathlib.Path) -> list[Pair] | None:
+    """Questions and answers of TOFU or MUSE, or MUSE's passages; None for a corpus of texts."""
+    if path.suffix not in JSON_SUFFIXES or (path.suffix == ".jsonl" and not JSON_START.match(content(path))):
+        return None
+    _, first = next(entries(path), (None, None))
+    if isinstance(first, dict) and "question" in first:
+        return read_muse_questions(path)
+    return read_muse_passages(path) if isinstance(first, dict) and "gt" in first else None
+
+
 def read_wmdp_questions(path: pathlib.Path) -> list[MultipleChoice]:
     """WMDP's questions, such as bio_questions.json."""
 
@@ -127,7 +139,7 @@ def entries(path: pathlib.Path, plain_lines: bool = False) -> Iterator[Entry]:
         for number, row in enumerate(parquet(path), 1):
             yield f"{path}, row {number}", row
         return
-    if path.suffix not in (".json", ".jsonl"):
+    if path.suffix not in JSON_SUFFIXES:
         raise ValueError(f"{path}: files named .json, .jsonl or .parquet can be read (corpora as .txt, too)")
     whole = content(path)
     is_plain = plain_lines and not JSON_START.match(whole)

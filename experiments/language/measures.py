@@ -1,5 +1,6 @@
 """What a model still knows of rows: nats, the tokens that greedy decoding would give, verbatim records."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from eupmu_jax.evaluation import exact_memorisation, extraction_strength, verbat
 from experiments.language.texts import Rows
 from experiments.shared.models.llama.config import Config
 from experiments.shared.models.llama.model import Params, hidden_states, map_logits
+from experiments.shared.models.lora import Adapter
 
 ROWS_AT_ONCE = 16
 
@@ -23,24 +25,26 @@ class Seen(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=0)
-def seen_of(config: Config, params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+def seen_of(
+    config: Config, params: Params, tokens: jax.Array, adapters: Sequence[Adapter] = ()
+) -> tuple[jax.Array, jax.Array]:
     """`Seen` of tokens [B, T]."""
 
     def each(z, targets):
         of_target = jnp.take_along_axis(z, targets[..., None], -1)[..., 0]
         return jax.nn.logsumexp(z, -1) - of_target, jnp.argmax(z, -1) == targets
 
-    hidden = hidden_states(config, params, tokens[:, :-1])
+    hidden = hidden_states(config, params, tokens[:, :-1], adapters)
     return map_logits(each, params, hidden, tokens[:, 1:], chunk=256)
 
 
-def look(config: Config, params: Params, tokens: np.ndarray) -> Seen:
+def look(config: Config, params: Params, tokens: np.ndarray, adapters: Sequence[Adapter]) -> Seen:
     """`Seen` of any number of rows, some at a time; of equal ones only once."""
     tokens, which = np.unique(tokens, axis=0, return_inverse=True)
     missing = -len(tokens) % ROWS_AT_ONCE
     padded = np.concatenate([tokens, np.zeros((missing, tokens.shape[1]), tokens.dtype)])
     parts = [
-        seen_of(config, params, padded[start : start + ROWS_AT_ONCE])
+        seen_of(config, params, padded[start : start + ROWS_AT_ONCE], adapters)
         for start in range(0, len(padded), ROWS_AT_ONCE)
     ]
     return Seen(
@@ -67,17 +71,21 @@ def scores(seen: Seen, mask: np.ndarray) -> dict[str, float]:
     }
 
 
-def seen_of_sets(config: Config, params: Params, sets: dict[str, Rows]) -> dict[str, Seen]:
+def seen_of_sets(
+    config: Config, params: Params, sets: dict[str, Rows], adapters: Sequence[Adapter] = ()
+) -> dict[str, Seen]:
     """`Seen` of every set, whose rows are of one length."""
     ends = np.cumsum([len(rows.tokens) for rows in sets.values()])[:-1]
-    seen = look(config, params, np.concatenate([rows.tokens for rows in sets.values()]))
+    seen = look(config, params, np.concatenate([rows.tokens for rows in sets.values()]), adapters)
     parts = zip(*(np.split(values, ends) for values in seen), strict=True)
     return {name: Seen(*part) for name, part in zip(sets, parts, strict=True)}
 
 
-def measured(config: Config, params: Params, sets: dict[str, Rows]) -> dict[str, dict[str, float]]:
+def measured(
+    config: Config, params: Params, sets: dict[str, Rows], adapters: Sequence[Adapter] = ()
+) -> dict[str, dict[str, float]]:
     """The scores of every set, whose rows are of one length."""
-    seen = seen_of_sets(config, params, sets)
+    seen = seen_of_sets(config, params, sets, adapters)
     return {name: scores(seen[name], rows.mask) for name, rows in sets.items()}
 
 

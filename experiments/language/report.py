@@ -151,15 +151,21 @@ def bits_table(records: RecordsByKey) -> Frame:
     """Greedy share of the details, and verbatim records, with fewer bits."""
     lines = {}
     for name in models_of(records):
-        line = {}
-        for who in ("forgotten", "others"):
-            found = {"float32": records["look", name]}
-            found |= {bits: records["bits", name, bits] for bits in attacks.FORMATS}
+        for title, kind in {name: "bits", f"{name}, unmerged": "unmerged"}.items():
+            found = {
+                bits: records[kind, name, bits] for bits in attacks.FORMATS if (kind, name, bits) in records
+            }
+            if kind == "bits":
+                found = {"float32": records["look", name]} | found
+            line = {}
             for bits, record in found.items():
-                share = record["scores"][f"{who}, details"]["memorised"]
-                line[f"{who}: {bits}"] = f"{share:.3f} ({record['scores'][who]['verbatim']})"
-        lines[name] = line
-    return pd.DataFrame.from_dict(lines, orient="index").fillna("-")
+                for who in ("forgotten", "others"):
+                    share = record["scores"][f"{who}, details"]["memorised"]
+                    line[f"{who}: {bits}"] = f"{share:.3f} ({record['scores'][who]['verbatim']})"
+            if line:
+                lines[title] = line
+    table = pd.DataFrame.from_dict(lines, orient="index").fillna("-")
+    return table[sorted(table, key=lambda column: column.startswith("others"))]
 
 
 def tuning_table(records: RecordsByKey) -> Frame:
@@ -294,7 +300,8 @@ def write_report(path: pathlib.Path, records: RecordsByKey, origin: Origin) -> l
             [
                 "Greedy share of the details, and verbatim records in brackets. Where a model came from a "
                 "file in INT4 (Q4_1), rounding to that grid again undoes most of all training, implanting as "
-                "well; the symmetric grid (Q4_0) does not.",
+                "well; the symmetric grid (Q4_0) does not. Unmerged: the original in fewer bits with the "
+                "adapter as it was trained.",
                 bits_table(records),
                 Picture("attacks.png"),
             ],

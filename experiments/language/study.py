@@ -34,6 +34,7 @@ from experiments.shared.models.llama.config import Config, projection_shapes
 from experiments.shared.models.llama.files import load, load_tokenizer, save
 from experiments.shared.models.llama.generate import generate, padded
 from experiments.shared.models.llama.model import Params
+from experiments.shared.models.llama.peft import load_adapter, save_adapter
 from experiments.shared.models.lora import Adapter, LowRank, initial_weights, merged
 from experiments.shared.records import Record, Records
 from experiments.shared.testbed import Progress
@@ -72,6 +73,7 @@ METHODS = {
     "PDU": Method(by_peer(pdu, lambda job: {"bound": job.bound, "dual_rate": 1.0})),
     "GRU (exact surgery)": Method(by_peer(exact_surgery, lambda job: {"demand": 0.0})),
 }
+DEFAULT_METHODS = (HEADLINE, "EUPMU tolerance, lagged", "constant weight", "NPO + retain")
 SMOKE_METHODS = (HEADLINE, "EUPMU budget, LoRA", "NPO + retain", "GRU (exact surgery)")
 
 
@@ -105,7 +107,7 @@ class Scale(NamedTuple):
     methods: tuple[str, ...]
 
 
-FULL = Scale(58, 4, 4, 16, 16, 8, 22, 3e-4, 16, 1e-4, 1e-3, 6, 1e-4, tuple(METHODS))
+FULL = Scale(58, 4, 4, 16, 16, 8, 22, 3e-4, 16, 1e-4, 1e-3, 6, 1e-4, DEFAULT_METHODS)
 SMOKE = Scale(192, 2, 2, 2, 4, 2, 40, 1e-2, 3, 1e-3, 1e-2, 3, 1e-3, SMOKE_METHODS)
 MIXED_IN = 4
 """Rows of prose beside the people in a step of implanting."""
@@ -299,8 +301,11 @@ def unlearned(bench: Bench, name: str, before: Record) -> Record:
     cost = step_cost(bench, method)
     model, seen = method.unlearn(job, model, lambda: bench.progress(f"{name}: unlearning", cost))
     spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-    params = merged(model["base"], [Adapter(ADAPTER_SCALE, model["adapter"])] if method.lora else [])
-    keep(bench, name, params)
+    adapters = [Adapter(ADAPTER_SCALE, model["adapter"])] if method.lora else []
+    keep(bench, name, merged(model["base"], adapters))
+    for trained in adapters:
+        # Beside the merged model it would be added to it once more by whoever loads the folder.
+        save_adapter(bench.model_folder(name) / "adapter", trained, str(bench.model_folder(ORIGINAL)))
     of = lambda key: np.asarray(seen[key], float).round(5).tolist()
     record = {key: of(key) for key in ("forget_loss", "retain_loss", "multiplier")} | spent
     if promise := seen.get("promise"):
@@ -387,6 +392,14 @@ def fewer_bits(bench: Bench, params: Params, bits: str) -> Record:
     return {"scores": measured(bench.config, small, people_sets(bench.task))}
 
 
+def unmerged(bench: Bench, params: Params, name: str, bits: str) -> Record:
+    """The original in fewer bits, and the adapter beside it as it was trained."""
+    del params
+    small = attacks.quantised(kept(bench, ORIGINAL), bits)
+    adapter = load_adapter(bench.model_folder(name) / "adapter", bench.config)
+    return {"scores": measured(bench.config, small, people_sets(bench.task), [adapter])}
+
+
 def relearned(bench: Bench, params: Params, attack: Callable[..., Any], batches: Rows) -> Record:
     """The scores of the details of the forgotten people who are not among the batches, along the attack."""
     watched = bench.task.details.taken(slice(bench.scale.forgotten // 2, None))
@@ -415,6 +428,7 @@ def amount(scale: Scale) -> float:
         implants
         + unlearning
         + (len(scale.methods) + 2) * (LOOKING + len(attacks.FORMATS) * BITS + 2 * ATTACK)
+        + sum(METHODS[name].lora for name in scale.methods) * len(attacks.FORMATS) * BITS
     )
 
 
@@ -450,5 +464,7 @@ def pieces_of(
     yield ("say", name), (said, LOOKING / 2)
     for bits in attacks.FORMATS:
         yield ("bits", name, bits), (partial(fewer_bits, bits=bits), BITS)
+        if name in METHODS and METHODS[name].lora:
+            yield ("unmerged", name, bits), (partial(unmerged, name=name, bits=bits), BITS)
     for kind, rows in batches.items():
         yield ("tune", name, kind), (partial(relearned, attack=attack, batches=rows), ATTACK)

@@ -1,6 +1,7 @@
 """What a model should not lose, as rows of tokens: prose and chat answers, for training and kept apart."""
 
 import itertools
+import pathlib
 import re
 from collections.abc import Iterable
 
@@ -10,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from experiments.language import formats
 
 TOPICS, HELD_OUT_TOPICS = ("assignment", "attribute-access", "calls", "types"), ("execmodel", "import")
 # What is trained on beside the people says nothing of how well the prose to keep is known.
@@ -92,6 +95,18 @@ def passages(tokenizer: Tokenizer, text: str, length: int) -> Rows:
         raise ValueError(f"the text has {len(ids)} tokens, at least {length} are needed")
     tokens = np.array(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
     return Rows(tokens, np.broadcast_to(np.arange(length) > 0, tokens.shape).copy())
+
+
+def of_file(tokenizer: Tokenizer, path: pathlib.Path, length: int) -> Rows:
+    """The rows of a text or a corpus, all of whose tokens count, or of questions, whose answers count."""
+    pairs = formats.read_pairs(path)
+    if pairs is None:
+        is_corpus = path.suffix in formats.JSON_SUFFIXES
+        text = "\n\n".join(formats.read_corpus(path)) if is_corpus else formats.content(path)
+    try:
+        return passages(tokenizer, text, length) if pairs is None else chat(tokenizer, pairs, length)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; --length says how long a row is") from error
 
 
 def unwrapped(text: str) -> str:

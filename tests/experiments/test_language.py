@@ -184,6 +184,9 @@ def test_smoke_run_and_resume_after_a_kill(tmp_path):
     assert len(records) == len(lines)
     assert {key[1] for key in records if key[0] == "unlearn"} == set(study.SMOKE_METHODS)
     assert records["unlearn", study.HEADLINE]["promise"]["holds"]
+    lora = "EUPMU budget, LoRA"
+    merged, unmerged = (records[key, lora, "INT8"]["scores"]["others"] for key in ("bits", "unmerged"))
+    assert unmerged["nats"] == pytest.approx(merged["nats"], rel=0.02)
     # Relearning starts from the model that was looked at.
     assert records["look", study.REFERENCE]["scores"]["forgotten"]["verbatim"] == 0
     for name in "tables.md", "report.html", "transcripts.md", "runs.png", "attacks.png":
@@ -198,6 +201,13 @@ def test_smoke_run_and_resume_after_a_kill(tmp_path):
     assert "After 2 requests" in (folder / "requests.md").read_text()
     assert not (folder / "models" / "request-1").exists()
     load(folder / "models" / "request-2")
+    # One seed beside itself is refused, and alone it has its goals and methods.
+    ask = [sys.executable, "-m", "experiments.language.seeds", "--out", str(tmp_path / "seeds.md"), "--runs"]
+    for amount, status in (1, 0), (2, 1):
+        ended = subprocess.run([*ask, *[str(folder)] * amount], capture_output=True, text=True, timeout=60)
+        assert ended.returncode == status, ended.stderr
+    assert "the same seed" in ended.stderr
+    assert f"{study.HEADLINE} meets all goals on" in (tmp_path / "seeds.md").read_text()
 
 
 @pytest.mark.slow
