@@ -35,7 +35,7 @@ CELLS = [
     *both(Cell("Llama-2-70B", "v5p:4x8x8", fsdp=32, tensor=8, sequences=4)),
     *both(Cell("Llama-2-70B", "v5p:8x8x8", fsdp=64, tensor=8, sequences=4)),
 ]
-SMALL_CELLS = both(Cell("small", "v5e:2x2", fsdp=2, tensor=2, sequences=1, time=128))
+SMALL_CELLS = [Cell("small", "v5e:2x2", fsdp=2, tensor=2, sequences=1, time=128)]
 
 
 @dataclasses.dataclass(frozen=True)
