@@ -39,44 +39,8 @@ from experiments.shared.records import Record, Records
 from experiments.shared.testbed import Progress
 
 ORIGINAL, REFERENCE = "original", "reference"
-BUDGETS = {"chat": 0.1, "others": 0.05, "prose": 0.1}
+BUDGETS = {"chat": 0.1, "others": 0.02, "prose": 0.1}
 LORA_RANK = 8
-
-
-class Scale(NamedTuple):
-    """How much is done, and how fast.
-
-    Attributes:
-      length: tokens of a row.
-      forgotten, others, unseen: how many people are forgotten, kept, and never told of.
-      prose_rows, held_out_rows: rows of prose for training and kept apart.
-      implant_steps, implant_rate: Adam's, with which people are implanted.
-      steps: of every method.
-      rate, lora_rate: Adam's, of all parameters and of adapters.
-      attack_steps, attack_rate: of both fine-tuning attacks; they are measured at every third of them.
-    """
-
-    length: int
-    forgotten: int
-    others: int
-    unseen: int
-    prose_rows: int
-    held_out_rows: int
-    implant_steps: int
-    implant_rate: float
-    steps: int
-    rate: float
-    lora_rate: float
-    attack_steps: int
-    attack_rate: float
-
-
-FULL = Scale(58, 4, 4, 16, 16, 8, 22, 3e-4, 16, 1e-4, 1e-3, 6, 1e-4)
-SMOKE = Scale(192, 2, 2, 2, 4, 2, 40, 1e-2, 3, 1e-3, 1e-2, 3, 1e-3)
-MIXED_IN = 4
-"""Rows of prose beside the people in a step of implanting."""
-
-RETAIN_SIZES = {"chat": 3, "others": 4, "prose": 2}
 
 
 class Method(NamedTuple):
@@ -108,6 +72,45 @@ METHODS = {
     "PDU": Method(by_peer(pdu, lambda job: {"bound": job.bound, "dual_rate": 1.0})),
     "GRU (exact surgery)": Method(by_peer(exact_surgery, lambda job: {"demand": 0.0})),
 }
+SMOKE_METHODS = (HEADLINE, "EUPMU budget, LoRA", "NPO + retain", "GRU (exact surgery)")
+
+
+class Scale(NamedTuple):
+    """How much is done, and how fast.
+
+    Attributes:
+      length: tokens of a row.
+      forgotten, others, unseen: how many people are forgotten, kept, and never told of.
+      prose_rows, held_out_rows: rows of prose for training and kept apart.
+      implant_steps, implant_rate: Adam's, with which people are implanted.
+      steps: of every method.
+      rate, lora_rate: Adam's, of all parameters and of adapters.
+      attack_steps, attack_rate: of both fine-tuning attacks; they are measured at every third of them.
+      methods: names of `METHODS`.
+    """
+
+    length: int
+    forgotten: int
+    others: int
+    unseen: int
+    prose_rows: int
+    held_out_rows: int
+    implant_steps: int
+    implant_rate: float
+    steps: int
+    rate: float
+    lora_rate: float
+    attack_steps: int
+    attack_rate: float
+    methods: tuple[str, ...]
+
+
+FULL = Scale(58, 4, 4, 16, 16, 8, 22, 3e-4, 16, 1e-4, 1e-3, 6, 1e-4, tuple(METHODS))
+SMOKE = Scale(192, 2, 2, 2, 4, 2, 40, 1e-2, 3, 1e-3, 1e-2, 3, 1e-3, SMOKE_METHODS)
+MIXED_IN = 4
+"""Rows of prose beside the people in a step of implanting."""
+
+RETAIN_SIZES = {"chat": 3, "others": 4, "prose": 2}
 
 
 class Task(NamedTuple):
@@ -407,8 +410,12 @@ def amount(scale: Scale) -> float:
     people_in_all = scale.forgotten + scale.others
     implants = scale.implant_steps * (people_in_all + scale.others + 2 * MIXED_IN)
     rows = scale.forgotten + sum(RETAIN_SIZES.values())
-    unlearning = scale.steps * rows * sum(0.67 if method.lora else 1.0 for method in METHODS.values())
-    return implants + unlearning + (len(METHODS) + 2) * (LOOKING + len(attacks.FORMATS) * BITS + 2 * ATTACK)
+    unlearning = scale.steps * rows * sum(0.67 if METHODS[name].lora else 1.0 for name in scale.methods)
+    return (
+        implants
+        + unlearning
+        + (len(scale.methods) + 2) * (LOOKING + len(attacks.FORMATS) * BITS + 2 * ATTACK)
+    )
 
 
 LOOKING, BITS, ATTACK = 60, 8, 12
@@ -421,7 +428,7 @@ def run_all(bench: Bench, records: Records) -> None:
     batches = attack_batches(bench)
     for name in (REFERENCE, ORIGINAL):
         records.get(("implant", name), partial(implanted, bench, name))
-    for name in (ORIGINAL, REFERENCE, *METHODS):
+    for name in (ORIGINAL, REFERENCE, *bench.scale.methods):
         if name in METHODS:
             before = records.by_key["look", ORIGINAL]
             records.get(("unlearn", name), partial(unlearned, bench, name, before))

@@ -182,7 +182,7 @@ def test_smoke_run_and_resume_after_a_kill(tmp_path):
     assert lines[0] == first
     records = read_records(folder / "records.jsonl")
     assert len(records) == len(lines)
-    assert {key[1] for key in records if key[0] == "unlearn"} == set(study.METHODS)
+    assert {key[1] for key in records if key[0] == "unlearn"} == set(study.SMOKE_METHODS)
     assert records["unlearn", study.HEADLINE]["promise"]["holds"]
     # Relearning starts from the model that was looked at.
     assert records["look", study.REFERENCE]["scores"]["forgotten"]["verbatim"] == 0
