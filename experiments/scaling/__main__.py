@@ -10,7 +10,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from experiments.scaling import report
 from experiments.scaling.compile import Cell, measure, prepare
 from experiments.scaling.models import MODELS, SMALL, count_parameters
-from experiments.scaling.steps import METHODS
+from experiments.scaling.steps import EXACT, METHODS
 from experiments.shared import command
 from experiments.shared.records import open_records
 from experiments.shared.report import note_session, read_origin, start_run, tables_of
@@ -20,6 +20,11 @@ from experiments.shared.terminal import progress_bar
 def both(cell: Cell) -> list[Cell]:
     """All parameters trained, and adapters."""
     return [cell, cell._replace(lora=True)]
+
+
+def methods_of(cell: Cell) -> list[str]:
+    """Exact surgery of all parameters alone: gradients of adapters take no memory to speak of."""
+    return [method for method in METHODS if not (cell.lora and method == EXACT)]
 
 
 CELLS = [
@@ -60,13 +65,13 @@ def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
     cells, models = (SMALL_CELLS, SMALL) if config.smoke else (CELLS, MODELS)
     prepare()
     path = resume or start_run(config.runs_dir, "scaling", config)
-    amount, sections = len(cells) * len(METHODS), []
+    amount, sections = sum(len(methods_of(cell)) for cell in cells), []
     with command.working_in(path) as console:
         with open_records(path / "records.jsonl") as records, progress_bar(console, amount) as progress:
             note_session(path)
             for cell in cells:
                 shape = models[cell.model]
-                for method in METHODS:
+                for method in methods_of(cell):
                     progress(f"{report.label(cell)}: {method}", 0)
                     parameters = {"parameters": count_parameters(shape)}
                     make = lambda shape=shape, cell=cell, method=method: measure(shape, cell, method)
