@@ -111,8 +111,13 @@ class Folder:
     def _cut_to(self, step: int) -> list[dict[str, Any]]:
         """The metrics up to a step; what is in the file after them goes."""
         lines = self._lines_up_to(step)
-        write_whole(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+        if self._is_writable():
+            write_whole(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
         return lines
+
+    def _is_writable(self) -> bool:
+        """Not so in an archive, from which a finished run can still be read."""
+        return os.access(self.path, os.W_OK)
 
     def _lines_up_to(self, step: int) -> list[dict[str, Any]]:
         lines = []
@@ -186,6 +191,8 @@ class Folder:
         self.processes.alone(lambda: self._write_result(leaves, promise))
 
     def _write_result(self, leaves: dict[str, np.ndarray], promise: Promise | None) -> None:
+        if not self._is_writable() and (self.path / "params.safetensors").exists():
+            return
         self.export(leaves)
         if promise is not None:
             plain = lambda value: value.tolist() if hasattr(value, "tolist") else value

@@ -34,7 +34,7 @@ def opened(path: pathlib.Path) -> Any:
     source = grain.sources.ArrayRecordDataSource(str(path))
     decoded = lambda record: {"x": np.frombuffer(record[:-1], np.float32), "y": np.int32(record[-1])}
     own = slice(jax.process_index(), None, jax.process_count())
-    return grain.MapDataset.source(source).map(decoded).slice(own)
+    return grain.MapDataset.source(source).map(decoded).slice(own)  # pyright: ignore[reportArgumentType]
 
 
 def passes(rows: Any, size: int, seed: int) -> Callable[[int], Any]:

@@ -2,7 +2,9 @@
 
 import json
 import multiprocessing.pool
+import os
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -150,6 +152,16 @@ def test_messages_are_short(tmp_path):
 def test_messages_name_the_argument(settings, error, message):
     with pytest.raises(error, match=message):
         run(**settings)
+
+
+def test_a_finished_run_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+    params, history = run(folder=tmp_path)
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.iterdir()}
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    read, seen = run(folder=tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    assert seen.promise == history.promise
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.iterdir()} == before
 
 
 def test_the_message_on_a_long_list_is_short():
