@@ -91,9 +91,11 @@ def lowered(config: Config, cell: Cell, mesh: Mesh, method: str) -> tuple[Any, A
     parts = jax.eval_shape(lambda: initial_parts(config, cell.lora, jax.random.key(0)))
     state = jax.eval_shape(chosen.init, parts.trained)
     shape = cell.fsdp * cell.sequences, 1 + UTILITIES, cell.time + 1
-    batch = Batch(parts.frozen, jax.ShapeDtypeStruct(shape, jnp.int32))  # pyright: ignore[reportArgumentType]
+    tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
+    batch = Batch(parts.frozen, tokens)
     own = shardings(parts.trained, mesh), shardings(state, mesh)
-    rows, everywhere = NamedSharding(mesh, P(FSDP)), NamedSharding(mesh, P())
+    rows: Any = NamedSharding(mesh, P(FSDP))
+    everywhere = NamedSharding(mesh, P())
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.jit(
             chosen.step,

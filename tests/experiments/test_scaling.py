@@ -55,10 +55,11 @@ def some_tokens(config, amount, time):
     return np.random.default_rng(0).integers(0, config.vocab_size, shape, np.int32)
 
 
-def some_parts(config, lora, dtype):
-    """Parts whose adapters are not 0, all in one dtype."""
-    parts = jax.tree.map(lambda x: x.astype(dtype), initial_parts(config, lora, jax.random.key(0)))
-    return parts._replace(trained=jax.tree.map(lambda x: x + 0.1 * (x == 0), parts.trained))
+def some_parts(config, lora, dtype=None):
+    """Parts in which nothing is 0, in their own dtypes or in one; NumPy draws them, nothing is compiled."""
+    draw = np.random.default_rng(1)
+    shapes = jax.eval_shape(lambda: initial_parts(config, lora, jax.random.key(0)))
+    return jax.tree.map(lambda s: jnp.asarray(0.3 * draw.normal(size=s.shape), dtype or s.dtype), shapes)
 
 
 def test_models_have_the_published_numbers_of_parameters():
@@ -84,7 +85,7 @@ def test_a_mesh_divides_every_model(cell):
 def test_losses_are_those_of_all_logits(lora, x64, monkeypatch):
     """Unlikelihood of the first text, cross-entropy of each other one; the chunks divide no text."""
     monkeypatch.setattr(steps, "CHUNK", 3)
-    trained, frozen = some_parts(TINY, lora, jnp.float64)
+    trained, frozen = some_parts(TINY, lora, np.float64)
     model, tokens = trained | frozen, some_tokens(TINY, 2, 8)
     adapters = [Adapter(steps.SCALE, model["adapter"])] if lora else []
 
@@ -137,7 +138,7 @@ def test_flops_by_hand(lora):
 def test_flops_of_an_unrolled_program():
     """What XLA counts where there is no loop that it would count once."""
     config = SMALL["small"]
-    params = initial_parts(config, False, jax.random.key(0)).trained["base"]
+    params = some_parts(config, False).trained["base"]
     tokens = some_tokens(config, 1, 32).reshape(3, 33)
 
     def loss(params):
@@ -262,7 +263,7 @@ def test_steps_on_eight_devices(method, lora):
     """Sharded and donated, a step moves what is trained, keeps its dtypes and turns nothing into NaN."""
     quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     compiled = lowered(TINY, CELL._replace(lora=lora), cpu_mesh(CELL), method)[0].compile(quickly)
-    trained, frozen = initial_parts(TINY, lora, jax.random.key(0))
+    trained, frozen = some_parts(TINY, lora)
     state = METHODS[method](TINY).init(trained)
     batch = Batch(frozen, some_tokens(TINY, CELL.fsdp * CELL.sequences, CELL.time))
     expected = jax.jit(in_one_pass(TINY))(trained, batch)
