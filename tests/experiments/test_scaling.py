@@ -251,6 +251,26 @@ def test_collectives_of_a_compiled_loop():
     assert found.sent["all-reduce"] == 6 * (8 // 4 * 16 * 4)
 
 
+def test_chunks_of_tokens_gather_the_head_once():
+    """However many chunks there are, the head is gathered before them."""
+    mesh = cpu_mesh(CELL)
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((32, 16), (4, 8, 16))]
+    tokens = jax.ShapeDtypeStruct((4, 8), jnp.int32)
+
+    def gathered_bytes(chunk):
+        def loss(head, hidden, tokens):
+            params = {"embed_tokens": {"weight": head}}
+            return jnp.sum(map_logits(steps.objectives.cross_entropy, params, hidden, tokens, chunk=chunk))
+
+        specs = P(TENSOR, FSDP), P(FSDP), P(FSDP)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            sharded = tuple(NamedSharding(mesh, spec) for spec in specs)
+            low = jax.jit(jax.grad(loss), in_shardings=sharded).lower(*shapes, tokens)
+        return hlo.traffic(hlo.parse(low.compile().as_text()), CELL.chips).sent["all-gather"]
+
+    assert gathered_bytes(chunk=2) == gathered_bytes(chunk=8) > 0
+
+
 @pytest.mark.parametrize(
     ("method", "lora"),
     [
