@@ -29,11 +29,11 @@ def methods_of(cell: Cell) -> list[str]:
 
 CELLS = [
     *both(Cell("Llama-2-7B", "v5e:4x4", fsdp=4, tensor=4, sequences=1)),
-    *both(Cell("Llama-3.2-1B", "v5p:2x2x1", fsdp=1, tensor=1, sequences=2, time=512)),
-    *both(Cell("Qwen3-1.7B", "v5p:2x2x1", fsdp=1, tensor=1, sequences=2, time=512)),
+    *both(Cell("Llama-3.2-1B", "v5p:2x2x1", fsdp=1, tensor=1, sequences=8, time=512)),
+    *both(Cell("Qwen3-1.7B", "v5p:2x2x1", fsdp=1, tensor=1, sequences=8, time=512)),
     *both(Cell("Qwen2-7B", "v5e:4x4", fsdp=4, tensor=4, sequences=1)),
-    *both(Cell("Llama-3.2-1B", "v5e:2x2", fsdp=4, tensor=1, sequences=1, time=512)),
-    *both(Cell("Qwen3-1.7B", "v5e:2x2", fsdp=4, tensor=1, sequences=1, time=512)),
+    *both(Cell("Llama-3.2-1B", "v5e:2x2", fsdp=4, tensor=1, sequences=2, time=512)),
+    *both(Cell("Qwen3-1.7B", "v5e:2x2", fsdp=4, tensor=1, sequences=2, time=512)),
     *both(Cell("Llama-2-7B", "v5e:16x16", fsdp=64, tensor=4, sequences=4)),
     *both(Cell("Llama-2-7B", "v5p:2x4x4", fsdp=8, tensor=4, sequences=8)),
     *both(Cell("Llama-2-70B", "v5e:16x16", fsdp=32, tensor=8, sequences=2)),
