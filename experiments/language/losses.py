@@ -11,7 +11,7 @@ import eupmu_jax as eu
 from eupmu_jax import objectives
 from experiments.language.texts import Rows
 from experiments.shared.models.llama.config import Config
-from experiments.shared.models.llama.model import hidden_states, map_logits
+from experiments.shared.models.llama.model import PLAIN, Compute, hidden_states, map_logits
 from experiments.shared.models.lora import Adapter
 
 ADAPTER_SCALE = 2.0
@@ -39,10 +39,10 @@ class Forget(NamedTuple):
     target: np.ndarray
 
 
-def hidden_of(config: Config, model: Model, tokens: jax.Array) -> jax.Array:
+def hidden_of(config: Config, model: Model, tokens: jax.Array, compute: Compute = PLAIN) -> jax.Array:
     """What stands before each of tokens[:, 1:], [B, T - 1, hidden_size]."""
     adapters: Sequence[Adapter] = [Adapter(ADAPTER_SCALE, model["adapter"])] if model["adapter"] else ()
-    return hidden_states(config, model["base"], tokens[:, :-1], adapters)
+    return hidden_states(config, model["base"], tokens[:, :-1], adapters, compute)
 
 
 def of_tokens(
@@ -88,13 +88,13 @@ def tokens_of(retain: Mapping[str, Rows]) -> list[jax.Array]:
     return [jnp.asarray(retain[name].tokens) for name in sorted(retain)]
 
 
-def make_losses(config: Config, kind: str) -> Callable[[Model, Any], eu.Losses]:
+def make_losses(config: Config, kind: str, compute: Compute = PLAIN) -> Callable[[Model, Any], eu.Losses]:
     """A forget loss of that kind, and one retain loss for each set of a dict."""
 
     def losses_fn(model: Model, batch: Any) -> eu.Losses:
         forget, retain = batch["forget"], batch["retain"]
         tokens = [jnp.asarray(forget.rows.tokens), *tokens_of(retain)]
-        hidden = hidden_of(config, model, jnp.concatenate(tokens))
+        hidden = hidden_of(config, model, jnp.concatenate(tokens), compute)
         amount = len(tokens[0])
         return eu.Losses(
             forget_loss(kind, model, hidden[:amount], forget), retain_losses(model, hidden[amount:], retain)

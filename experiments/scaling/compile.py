@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.scaling import hlo
 from experiments.scaling.flops import flops_of
-from experiments.scaling.model import FSDP, TENSOR, Size, parameter_shapes, parameter_specs
-from experiments.scaling.steps import METHODS, Batch
+from experiments.scaling.steps import METHODS, UTILITIES, Batch, initial_parts
+from experiments.shared.models.llama.config import Config
+from experiments.shared.models.sharding import FSDP, TENSOR, shardings
 
 
 class Chip(NamedTuple):
@@ -35,13 +36,23 @@ CHIPS = {
 
 
 class Cell(NamedTuple):
-    """A model on a topology: how its chips are split, and sequences of each kind for each FSDP shard."""
+    """A model on a topology.
+
+    Attributes:
+      model: its name.
+      topology: which chips there are: the first fsdp * tensor of them are used.
+      fsdp, tensor: how they are split.
+      sequences: texts to forget, and of each set to retain, for each FSDP shard.
+      lora: whether adapters are trained in place of all parameters.
+      time: tokens that are predicted in each text.
+    """
 
     model: str
     topology: str
     fsdp: int
     tensor: int
     sequences: int
+    lora: bool = False
     time: int = 2048
 
     @property
@@ -69,49 +80,39 @@ def prepare() -> None:
 
 def tpu_mesh(cell: Cell) -> Mesh:
     """The cell's chips as a mesh of "fsdp" by "tensor"."""
-    devices = list(topologies.get_topology_desc(cell.topology, platform="tpu").devices)
+    devices = topologies.get_topology_desc(cell.topology, platform="tpu").devices[: cell.chips]
     split = mesh_utils.create_device_mesh((cell.fsdp, cell.tensor), devices, allow_split_physical_axes=True)
     return Mesh(split, (FSDP, TENSOR))
 
 
-def shardings_like(params: Any, specs: Any, tree: Any, mesh: Mesh) -> Any:
-    """Shardings for a state: what is named and shaped like a parameter lies like it, all else everywhere."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    known = [(path, x.shape, s) for (path, x), s in zip(leaves, jax.tree.leaves(specs), strict=True)]
-
-    def find(path, leaf):
-        fits = (s for own, shape, s in known if path[-len(own) :] == own and shape == leaf.shape)
-        return NamedSharding(mesh, next(fits, P()))
-
-    return jax.tree_util.tree_map_with_path(find, tree)
-
-
-def lowered(size: Size, cell: Cell, mesh: Mesh, method: str) -> tuple[Any, Any]:
-    """(the step's Lowered, its Jaxpr), parameters and state donated."""
-    chosen = METHODS[method](size)
-    params, specs = parameter_shapes(size), parameter_specs(size)
-    state = jax.eval_shape(chosen.init, params)
-    tokens: Any = jax.ShapeDtypeStruct((cell.fsdp * cell.sequences, cell.time + 1), jnp.int32)
-    batch = Batch(forget=tokens, retain=tokens)
-    of = lambda tree: shardings_like(params, specs, tree, mesh)
-    rows, everywhere = NamedSharding(mesh, P(FSDP)), NamedSharding(mesh, P())
+def lowered(config: Config, cell: Cell, mesh: Mesh, method: str) -> tuple[Any, Any]:
+    """(the step's Lowered, its Jaxpr), what is trained and the state donated."""
+    chosen = METHODS[method](config)
+    parts = jax.eval_shape(lambda: initial_parts(config, cell.lora, jax.random.key(0)))
+    state = jax.eval_shape(chosen.init, parts.trained)
+    shape = cell.fsdp * cell.sequences, 1 + UTILITIES, cell.time + 1
+    tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
+    batch = Batch(parts.frozen, tokens)
+    own = shardings(parts.trained, mesh), shardings(state, mesh)
+    rows: Any = NamedSharding(mesh, P(FSDP))
+    everywhere = NamedSharding(mesh, P())
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.jit(
             chosen.step,
-            in_shardings=(of(params), of(state), rows),
-            out_shardings=(of(params), of(state), everywhere),
+            in_shardings=(*own, Batch(shardings(parts.frozen, mesh), rows)),
+            out_shardings=(*own, everywhere),
             donate_argnums=(0, 1),
-        ).trace(params, state, batch)
+        ).trace(parts.trained, state, batch)
     return traced.lower(), traced.jaxpr.jaxpr
 
 
 def measure(
-    size: Size, cell: Cell, method: str, make_mesh: Callable[[Cell], Mesh] = tpu_mesh
+    config: Config, cell: Cell, method: str, make_mesh: Callable[[Cell], Mesh] = tpu_mesh
 ) -> dict[str, Any]:
     """What the compiled step needs per chip; {"error": why} where the compiler refuses."""
     start = time.perf_counter()
     try:
-        low, jaxpr = lowered(size, cell, make_mesh(cell), method)
+        low, jaxpr = lowered(config, cell, make_mesh(cell), method)
         compiled = low.compile()
     except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
         return {"error": re.sub(r"\s+", " ", str(error))[:300]}

@@ -17,7 +17,7 @@ pytest.importorskip("gguf", reason='pip install -e ".[language]"')
 from experiments.language import attacks, losses, measures, people, study, texts, tiny
 from experiments.language.measures import Seen
 from experiments.language.texts import Rows
-from experiments.shared.models.llama.files import load
+from experiments.shared.models.llama.files import load, save
 from experiments.shared.models.llama.model import logits
 from experiments.shared.records import read_records
 from tests.llamas import FAMILIES, random_params, random_tokens
@@ -213,8 +213,9 @@ def test_smoke_run_and_resume_after_a_kill(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("rate", "status"), [("1e-3", 0), ("30", 3)])
 def test_a_text_is_forgotten_or_the_exit_status_says_so(tmp_path, rate, status):
-    """At a rate of 30 no step back helps: what is saved is the model as it was."""
-    tiny.make(tmp_path / "tiny", seed=0)
+    """At a rate of 30 no step back helps: what is saved is the model as it was. Files in bfloat16 widen."""
+    whole = tiny.make(tmp_path / "float32", seed=0)
+    save(tmp_path / "tiny", *load(whole, jnp.bfloat16), like=whole)
     (tmp_path / "secret.txt").write_text("the quick brown fox jumps over the lazy dog; " * 8)
     (tmp_path / "prose.txt").write_text("what should stay is another text altogether, told here. " * 8)
     ended = subprocess.run(
@@ -229,6 +230,7 @@ def test_a_text_is_forgotten_or_the_exit_status_says_so(tmp_path, rate, status):
     before, after = (load(tmp_path / name).params for name in ("tiny", "out"))
     same = jax.tree.map(lambda a, b: bool((a == b).all()), before, after)
     assert all(jax.tree.leaves(same)) == (status == 3)
+    assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype("float32")}
     assert "the text to forget:" in ended.stdout
 
 

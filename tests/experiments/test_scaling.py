@@ -1,37 +1,47 @@
-"""The scaling study's own pieces, on the CPU: its model, its steps, and how it counts."""
+"""The scaling study's own pieces, on the CPU: its losses, its steps, and how it counts."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.scaling import hlo, report
+from experiments.scaling import hlo, report, steps
+from experiments.scaling.__main__ import CELLS, SMALL_CELLS
 from experiments.scaling.compile import Cell, lowered, measure, prepare
 from experiments.scaling.flops import flops_of
-from experiments.scaling.model import (
-    FSDP,
-    SIZES,
-    TENSOR,
-    Size,
-    count_parameters,
-    initial_parameters,
-    next_token_losses,
-)
+from experiments.scaling.models import MODELS, SMALL, count_parameters
 from experiments.scaling.steps import (
+    BUDGET,
     EXACT,
     LAGGED,
     LOOKAHEAD,
     METHODS,
     PLAIN,
+    UTILITIES,
     Batch,
+    in_one_pass,
     in_two_passes,
+    initial_parts,
 )
+from experiments.shared.models.llama.config import Config, projection_shapes
+from experiments.shared.models.llama.model import Compute, logits, map_logits
+from experiments.shared.models.lora import Adapter
+from experiments.shared.models.sharding import FSDP, TENSOR, shardings
 from experiments.shared.records import open_records
 from experiments.shared.report import read_csv
 
-TINY = Size(layers=2, width=16, heads=4, kv_heads=2, hidden=24, vocabulary=32)
+TINY = Config(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+)
 CELL = Cell("tiny", "v5e:2x4", fsdp=4, tensor=2, sequences=1, time=8)
 
 
@@ -40,98 +50,124 @@ def cpu_mesh(cell):
     return Mesh(devices, (FSDP, TENSOR))
 
 
-def test_parameter_counts():
-    """7B and 70B are Llama 2's own counts."""
-    counts = {name: count_parameters(size) for name, size in SIZES.items()}
-    assert counts["7B"] == 6_738_415_616
-    assert counts["70B"] == 68_976_648_192
-    assert counts["0.1B"] == pytest.approx(0.13e9, rel=0.05)
-    assert counts["1B"] == pytest.approx(1.1e9, rel=0.05)
+def some_tokens(config, amount, time):
+    shape = amount, 1 + UTILITIES, time + 1
+    return np.random.default_rng(0).integers(0, config.vocab_size, shape, np.int32)
 
 
-def naive_loss(size, params, tokens):
-    """The same decoder, a layer, a sequence and a head at a time."""
-    norm = lambda x, scale: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * scale
-    half = size.head_width // 2
-    angle = np.arange(tokens.shape[1] - 1)[:, None] * 10_000.0 ** (-np.arange(half) / half)
-
-    def rotate(x):
-        z = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
-        return np.concatenate([z.real, z.imag], -1)
-
-    losses = []
-    for row in tokens:
-        x = params["embed"][row[:-1]]
-        for layer in range(size.layers):
-            block = {name: leaf[layer] for name, leaf in params["blocks"].items()}
-            y = norm(x, block["attention_norm"])
-            heads = lambda name, y=y, b=block: np.split(y @ b[name], b[name].shape[1] // size.head_width, 1)
-            keys, values, mixed = heads("key"), heads("value"), []
-            for i, query in enumerate(heads("query")):
-                pair = i * size.kv_heads // size.heads
-                scores = rotate(query) @ rotate(keys[pair]).T / np.sqrt(size.head_width)
-                scores = np.exp(scores - scores.max()) * np.tri(len(scores))
-                mixed.append(scores / scores.sum(1, keepdims=True) @ values[pair])
-            x = x + np.concatenate(mixed, 1) @ block["out"]
-            y = norm(x, block["feed_forward_norm"])
-            gate = y @ block["gate"]
-            x = x + (gate / (1 + np.exp(-gate)) * (y @ block["up"])) @ block["down"]
-        logits = norm(x, params["norm"]) @ params["head"]
-        picked = logits[np.arange(len(logits)), row[1:]]
-        losses += list(np.log(np.exp(logits).sum(1)) - picked)
-    return np.mean(np.reshape(losses, (len(tokens), -1)), 1)
+def some_parts(config, lora, dtype=None):
+    """Parts in which nothing is 0, in their own dtypes or in one; NumPy draws them, nothing is compiled."""
+    draw = np.random.default_rng(1)
+    shapes = jax.eval_shape(lambda: initial_parts(config, lora, jax.random.key(0)))
+    return jax.tree.map(lambda s: jnp.asarray(0.3 * draw.normal(size=s.shape), dtype or s.dtype), shapes)
 
 
-def test_loss_is_that_of_a_naive_decoder(x64):
-    params = initial_parameters(TINY, jax.random.key(0), jnp.float64)
-    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, TINY.vocabulary)
-    expected = naive_loss(TINY, jax.tree.map(np.asarray, params), np.asarray(tokens))
-    got = jax.jit(lambda params: next_token_losses(TINY, params, tokens))(params)
-    np.testing.assert_allclose(got, expected, rtol=1e-10)
+def test_models_have_the_published_numbers_of_parameters():
+    """Their model cards: 1.24e9, 1.7e9, 6.74e9, 7.62e9 and 69.0e9."""
+    counts = {name: count_parameters(config) for name, config in MODELS.items()}
+    assert counts["Llama-2-7B"] == 6_738_415_616
+    assert counts["Llama-2-70B"] == 68_976_648_192
+    assert counts["Llama-3.2-1B"] == 1_235_814_400
+    assert counts["Qwen2-7B"] == 7_615_616_512
+    assert counts["Qwen3-1.7B"] == 1_720_574_976
 
 
-def test_causal():
-    """The last token is only predicted, and without the later ones nothing depends on them."""
-    params = initial_parameters(TINY, jax.random.key(0), jnp.float32)
-    tokens = jnp.arange(9)[None]
+@pytest.mark.parametrize("cell", [*CELLS, *SMALL_CELLS], ids=report.label)
+def test_a_mesh_divides_every_model(cell):
+    config = (MODELS | SMALL)[cell.model]
+    heads = config.num_attention_heads, config.num_key_value_heads
+    split = [config.vocab_size, config.intermediate_size, *heads]
+    assert all(size % cell.tensor == 0 for size in split)
+    assert config.hidden_size % (cell.fsdp * cell.tensor) == 0
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_losses_are_those_of_all_logits(lora, x64, monkeypatch):
+    """Unlikelihood of the first text, cross-entropy of each other one; the chunks divide no text."""
+    monkeypatch.setattr(steps, "CHUNK", 3)
+    trained, frozen = some_parts(TINY, lora, np.float64)
+    model, tokens = trained | frozen, some_tokens(TINY, 2, 8)
+    adapters = [Adapter(steps.SCALE, model["adapter"])] if lora else []
 
     @jax.jit
-    def gradient(embed):
-        return jax.grad(lambda embed: next_token_losses(TINY, params | {"embed": embed}, tokens)[0])(embed)
+    def run(tokens):
+        read = tokens[..., :-1].reshape(-1, 8)
+        losses = [make(TINY)(trained, Batch(frozen, tokens)) for make in (in_one_pass, in_two_passes)]
+        return logits(TINY, model["base"], read, adapters), losses
 
-    @jax.jit
-    def of_first_half(embed):
-        loss = lambda embed: next_token_losses(TINY, params | {"embed": embed}, tokens[:, :5])[0]
-        return jax.grad(loss)(embed)
-
-    used = lambda g: np.flatnonzero(np.abs(np.asarray(g(params["embed"]))).sum(1)).tolist()
-    assert used(gradient) == list(range(8))
-    assert used(of_first_half) == list(range(4))
+    z, found = run(tokens)
+    z = np.asarray(z).reshape(2, 1 + UTILITIES, 8, -1)
+    p = np.take_along_axis(np.exp(z), tokens[..., 1:, None], -1)[..., 0] / np.exp(z).sum(-1)
+    for losses in found:
+        np.testing.assert_allclose(losses.forget, -np.log1p(-p[:, 0]).mean(), rtol=1e-10)
+        np.testing.assert_allclose(losses.retain, -np.log(p[:, 1:]).mean((0, 2)), rtol=1e-10)
 
 
-def test_flops_by_hand():
-    """Forward, all recomputed but the last product of a block, scores once more, and twice that backward."""
-    batch, time = 2, 8
-    attention = 2 * 2 * time * TINY.width
-    linear = 2 * TINY.width * (2 * TINY.width + 2 * TINY.kv_heads * TINY.head_width + 3 * TINY.hidden)
-    forward = batch * time * (TINY.layers * (linear + attention) + 2 * TINY.width * TINY.vocabulary)
-    params = initial_parameters(TINY, jax.random.key(0))
-    tokens = jnp.zeros((batch, time + 1), int)
-    loss = lambda params: next_token_losses(TINY, params, tokens).sum()
-    assert flops_of(jax.make_jaxpr(loss)(params).jaxpr) == forward
-    spared = batch * time * TINY.layers * 2 * TINY.width * TINY.hidden
-    scores = batch * time * TINY.layers * attention // 2
-    assert flops_of(jax.make_jaxpr(jax.value_and_grad(loss))(params).jaxpr) == 4 * forward - spared + scores
+def hand_counted(config, texts, time):
+    """FLOPs of one pass: (all layers, the head)."""
+    linear = sum(2 * outputs * inputs for outputs, inputs in projection_shapes(config).values())
+    attention = 2 * 2 * time * config.num_attention_heads * config.head_dim
+    layers = texts * time * config.num_hidden_layers * (linear + attention)
+    return layers, texts * time * 2 * config.hidden_size * config.vocab_size
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_flops_by_hand(lora):
+    """Forward, all recomputed but the last product of a layer, scores once more, and the gradients."""
+    texts, time = 2 * (1 + UTILITIES), 8
+    of_layers = texts * time * TINY.num_hidden_layers
+    down = of_layers * 2 * TINY.hidden_size * TINY.intermediate_size
+    scores = of_layers * 2 * time * TINY.num_attention_heads * TINY.head_dim
+    sizes = [projection_shapes(TINY)[name] for name in ("q_proj", "v_proj")]
+    low_rank = of_layers * 2 * steps.RANK * sum(map(sum, sizes)) if lora else 0
+    forward = sum(hand_counted(TINY, texts, time)) + low_rank
+    # As much as forward for the activations, and as much for the weights; attention has none.
+    of_weights = 2 * scores + low_rank if lora else forward
+    trained, frozen = jax.eval_shape(lambda: initial_parts(TINY, lora, jax.random.key(0)))
+    batch = Batch(frozen, jax.ShapeDtypeStruct((2, 1 + UTILITIES, time + 1), jnp.int32))
+
+    def total(trained, batch):
+        losses = in_one_pass(TINY)(trained, batch)
+        return losses.forget + losses.retain.sum()
+
+    count = lambda function: flops_of(jax.make_jaxpr(function)(trained, batch).jaxpr)
+    assert count(total) == forward
+    assert count(jax.value_and_grad(total)) == 3 * forward - down + scores + of_weights
 
 
 def test_flops_of_an_unrolled_program():
     """What XLA counts where there is no loop that it would count once."""
-    size = Size(layers=2, width=64, heads=2, kv_heads=2, hidden=128, vocabulary=256)
-    params = initial_parameters(size, jax.random.key(0), jnp.float32)
-    tokens = jnp.zeros((2, 33), int)
-    loss = lambda params: next_token_losses(size, params, tokens, unroll=True).sum()
-    counted = jax.jit(loss).lower(params).compile().cost_analysis()["flops"]
-    assert flops_of(jax.make_jaxpr(loss)(params).jaxpr) == pytest.approx(counted, rel=0.1)
+    config = SMALL["small"]
+    params = some_parts(config, False).trained["base"]
+    tokens = some_tokens(config, 1, 32).reshape(3, 33)
+
+    def loss(params):
+        hidden = steps.hidden_states(config, params, tokens[:, :-1], compute=Compute(remat=True, unroll=True))
+        return jnp.sum(map_logits(steps.objectives.cross_entropy, params, hidden, tokens[:, 1:], chunk=32))
+
+    gradient = jax.jit(jax.grad(loss))
+    counted = gradient.lower(params).compile().cost_analysis()["flops"]
+    assert flops_of(jax.make_jaxpr(gradient)(params).jaxpr) == pytest.approx(counted, rel=0.1)
+
+
+def step_flops(method, lora):
+    chosen, tokens = METHODS[method](TINY), jax.ShapeDtypeStruct((2, 1 + UTILITIES, 9), jnp.int32)
+    trained, frozen = jax.eval_shape(lambda: initial_parts(TINY, lora, jax.random.key(0)))
+    state = jax.eval_shape(chosen.init, trained)
+    return flops_of(jax.make_jaxpr(chosen.step)(trained, state, Batch(frozen, tokens)).jaxpr)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_only_the_look_ahead_costs_flops(lora):
+    """It evaluates all texts once more, but for the logits of those to forget, which nothing reads."""
+    plain = step_flops(PLAIN, lora)
+    assert step_flops(BUDGET, lora) == step_flops(LAGGED, lora) == plain
+    texts, time = 2 * (1 + UTILITIES), 8
+    layers, head = hand_counted(TINY, texts, time)
+    sizes = [projection_shapes(TINY)[name] for name in ("q_proj", "v_proj")]
+    low_rank = texts * time * TINY.num_hidden_layers * 2 * steps.RANK * sum(map(sum, sizes)) if lora else 0
+    retained = layers + low_rank + head * UTILITIES / (1 + UTILITIES)
+    assert step_flops(LOOKAHEAD, lora) == plain + retained
 
 
 TEXT = """HloModule step, is_scheduled=true
@@ -215,26 +251,77 @@ def test_collectives_of_a_compiled_loop():
     assert found.sent["all-reduce"] == 6 * (8 // 4 * 16 * 4)
 
 
-@pytest.mark.parametrize("method", [LOOKAHEAD, EXACT])
-def test_steps_on_eight_devices(method):
-    """Sharded and donated, a step moves the parameters, keeps its dtypes and turns nothing into NaN."""
+def test_chunks_of_tokens_gather_the_head_once():
+    """However many chunks there are, the head is gathered before them."""
+    mesh = cpu_mesh(CELL)
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((32, 16), (4, 8, 16))]
+    tokens = jax.ShapeDtypeStruct((4, 8), jnp.int32)
+
+    def gathered_bytes(chunk):
+        def loss(head, hidden, tokens):
+            params = {"embed_tokens": {"weight": head}}
+            return jnp.sum(map_logits(steps.objectives.cross_entropy, params, hidden, tokens, chunk=chunk))
+
+        specs = P(TENSOR, FSDP), P(FSDP), P(FSDP)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            sharded = tuple(NamedSharding(mesh, spec) for spec in specs)
+            low = jax.jit(jax.grad(loss), in_shardings=sharded).lower(*shapes, tokens)
+        return hlo.traffic(hlo.parse(low.compile().as_text()), CELL.chips).sent["all-gather"]
+
+    assert gathered_bytes(chunk=2) == gathered_bytes(chunk=8) > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "lora"),
+    [
+        (BUDGET, True),
+        pytest.param(LOOKAHEAD, False, marks=pytest.mark.slow),
+        pytest.param(EXACT, False, marks=pytest.mark.slow),
+    ],
+)
+def test_steps_on_eight_devices(method, lora):
+    """Sharded and donated, a step moves what is trained, keeps its dtypes and turns nothing into NaN."""
     quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    compiled = lowered(TINY, CELL, cpu_mesh(CELL), method)[0].compile(quickly)
-    params = initial_parameters(TINY, jax.random.key(0))
-    state = METHODS[method](TINY).init(params)
-    batch = Batch(*jax.random.randint(jax.random.key(1), (2, 4, 9), 0, TINY.vocabulary))
-    expected = jax.jit(in_two_passes(TINY))(params, batch)
-    before = np.asarray(params["head"], np.float32)
-    new, state, losses = compiled(*jax.device_put((params, state, batch), compiled.input_shardings[0]))
-    assert all(np.all(np.isfinite(np.asarray(leaf, np.float32))) for leaf in jax.tree.leaves((new, state)))
-    assert np.any(np.asarray(new["head"], np.float32) != before)
-    np.testing.assert_allclose(losses, expected, rtol=1e-2)
-    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim > 0]
-    assert len(moments) == 2 * len(jax.tree.leaves(new))
-    assert {leaf.dtype for leaf in moments} == {jnp.dtype("float32")}
-    assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {jnp.dtype("bfloat16")}
-    for moment in (leaf for leaf in moments if leaf.shape == new["head"].shape):
-        assert moment.sharding.is_equivalent_to(new["head"].sharding, 2)
+    compiled = lowered(TINY, CELL._replace(lora=lora), cpu_mesh(CELL), method)[0].compile(quickly)
+    trained, frozen = some_parts(TINY, lora)
+    state = METHODS[method](TINY).init(trained)
+    batch = Batch(frozen, some_tokens(TINY, CELL.fsdp * CELL.sequences, CELL.time))
+    expected = jax.jit(in_one_pass(TINY))(trained, batch)
+    before = jax.tree.map(lambda x: np.asarray(x, np.float32), trained)
+    placed = jax.device_put((trained, state, batch), compiled.input_shardings[0])
+    new, state, found = compiled(*placed)
+    # A budget's floor is -inf as long as it is unknown.
+    assert not any(np.any(np.isnan(np.asarray(leaf, np.float32))) for leaf in jax.tree.leaves((new, state)))
+    assert all(np.all(np.isfinite(np.asarray(leaf, np.float32))) for leaf in jax.tree.leaves(new))
+    np.testing.assert_allclose(found.forget, expected.forget, rtol=1e-2)
+    np.testing.assert_allclose(found.retain, expected.retain, rtol=1e-2)
+    matrix = lambda tree: tree["adapter"]["q_proj"].up if lora else tree["base"]["lm_head"]["weight"]
+    assert np.any(np.asarray(matrix(new), np.float32) != matrix(before))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(placed[2]))
+    width = jnp.float32 if lora else jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {jnp.dtype(width)}
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == matrix(new).shape]
+    assert len(moments) >= 2
+    for moment in moments:
+        assert moment.dtype == jnp.float32
+        assert moment.sharding.is_equivalent_to(matrix(new).sharding, moment.ndim)
+
+
+def test_moments_lie_like_their_parameters():
+    """What an optimiser holds for a matrix is split as the matrix is, and the rest is everywhere."""
+    trained = jax.eval_shape(lambda: initial_parts(TINY, False, jax.random.key(0))).trained
+    state = jax.eval_shape(METHODS[BUDGET](TINY).init, trained)
+    mesh = cpu_mesh(CELL)
+    (adam,) = [s for s in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(s)]
+    (split,) = [s for s in jax.tree.leaves(shardings(state, mesh), is_leaf=is_adam) if is_adam(s)]
+    assert split.mu == split.nu == shardings(trained, mesh)
+    assert split.mu["base"]["layers"]["mlp"]["up_proj"]["weight"].spec == P(None, TENSOR, FSDP)
+    assert adam.count.ndim == 0
+    assert split.count.spec == P()
+
+
+def is_adam(node):
+    return isinstance(node, optax.ScaleByAdamState)
 
 
 def test_records_resume_and_report(tmp_path):

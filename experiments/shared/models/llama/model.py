@@ -262,8 +262,15 @@ def hidden_states(
 
 def project(params: Params, hidden: jax.Array) -> jax.Array:
     """Logits [..., vocab_size], in float32 at least, of hidden states [..., hidden_size]."""
-    head = params.get("lm_head", params["embed_tokens"])["weight"]
-    head = gathered(head, MATRICES["lm_head"])
+    return projected(head_of(params), hidden)
+
+
+def head_of(params: Params) -> jax.Array:
+    """The head [vocab_size, hidden_size], whole along "fsdp"."""
+    return gathered(params.get("lm_head", params["embed_tokens"])["weight"], MATRICES["lm_head"])
+
+
+def projected(head: jax.Array, hidden: jax.Array) -> jax.Array:
     return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=wide(hidden.dtype))
 
 
@@ -287,8 +294,10 @@ def map_logits(
     chunk: int,
 ) -> Any:
     """`by_token` with this model's head: function(logits [n, V], *arrays [n]) of all tokens, [B, T]."""
-    head = lambda hidden: constrain(project(params, hidden), FSDP, TENSOR)
-    return by_token(function, hidden, head, *arrays, mask=mask, chunk=chunk)
+    # Gathered before the chunks, or each of them gathers it and reduces its gradient.
+    head = head_of(params)
+    of_chunk = lambda hidden: constrain(projected(head, hidden), FSDP, TENSOR)
+    return by_token(function, hidden, of_chunk, *arrays, mask=mask, chunk=chunk)
 
 
 def token_log_probs(
