@@ -1,4 +1,4 @@
-"""Forgets a text file of yours, within a budget for each text that should stay."""
+"""Forgets a file of yours, within a budget for each file that should stay."""
 
 import dataclasses
 import pathlib
@@ -14,7 +14,7 @@ from eupmu_jax.cli.main import BROKEN_PROMISE
 from experiments.language.fetch import model_path
 from experiments.language.losses import UNLIKELIHOOD, before_unlearning, make_losses
 from experiments.language.measures import measured
-from experiments.language.texts import Rows, passages
+from experiments.language.texts import Rows, of_file
 from experiments.shared import command
 from experiments.shared.models.llama.files import load, load_tokenizer, save
 
@@ -29,13 +29,16 @@ class Config:
     Cuts every text into rows of tokens, descends the unlikelihood of the text to forget, and holds the loss
     of every other text within its budget. Prints what became of each, and saves the model in Hugging Face's
     form. The exit status is 3 where the budgets could be kept by returning the model as it was only.
+
+    A file named .json, .jsonl or .parquet is read as one of TOFU, MUSE or WMDP: of questions with answers
+    each is a row in which the answer counts, and a corpus is one text.
     """
 
     forget: pathlib.Path
-    """The text file to forget."""
+    """The file to forget."""
 
     keep: tuple[str, ...]
-    """NAME=FILE of each text to keep."""
+    """NAME=FILE of each file to keep."""
 
     out: pathlib.Path
     """The folder for the unlearned model; it must not exist, or be empty."""
@@ -85,7 +88,7 @@ def main(config: Config) -> None:
     # In bfloat16, in which most files are, a weight of 0.02 swallows a step of 5e-5.
     shape, base = load(source, jnp.float32)
     tokenizer = load_tokenizer(source)
-    read = lambda path: passages(tokenizer, pathlib.Path(path).read_text(), config.length)
+    read = lambda path: of_file(tokenizer, pathlib.Path(path), config.length)
     forget = read(config.forget)
     texts = {name: read(path) for name, path in pairs("keep", config.keep).items()}
     constraint = budgets(config, list(texts))

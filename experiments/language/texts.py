@@ -4,6 +4,7 @@ import itertools
 import pathlib
 import re
 from collections.abc import Iterable
+from functools import partial
 
 # The Python language reference, which comes with Python.
 from pydoc_data.topics import topics
@@ -75,7 +76,7 @@ def rows(tokenizer: Tokenizer, pieced: Iterable[Pieces], length: int | None = No
         mask = [counts for part, (_, counts) in zip(ids, pieces, strict=True) for _ in part]
         if length is not None and len(mask) > length:
             text = "".join(text for text, _ in pieces)
-            raise ValueError(f"{len(mask)} tokens, at most {length} fit: {text}")
+            raise ValueError(f"{len(mask)} tokens, at most {length} fit: {text[:80]!r}")
         tokens.append([*itertools.chain(*ids)])
         masks.append(mask)
     longest = length or max(map(len, tokens))
@@ -99,12 +100,14 @@ def passages(tokenizer: Tokenizer, text: str, length: int) -> Rows:
 
 def of_file(tokenizer: Tokenizer, path: pathlib.Path, length: int) -> Rows:
     """The rows of a text or a corpus, all of whose tokens count, or of questions, whose answers count."""
-    pairs = formats.read_pairs(path)
-    if pairs is None:
-        is_corpus = path.suffix in formats.JSON_SUFFIXES
-        text = "\n\n".join(formats.read_corpus(path)) if is_corpus else formats.content(path)
+    if pairs := formats.read_pairs(path):
+        make = partial(chat, tokenizer, pairs)
+    elif path.suffix in formats.JSON_SUFFIXES:
+        make = partial(passages, tokenizer, "\n\n".join(formats.read_corpus(path)))
+    else:
+        make = partial(passages, tokenizer, formats.content(path))
     try:
-        return passages(tokenizer, text, length) if pairs is None else chat(tokenizer, pairs, length)
+        return make(length)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; --length says how long a row is") from error
 

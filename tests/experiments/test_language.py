@@ -160,6 +160,32 @@ def test_quantising_leaves_few_values_in_a_block(bits, levels):
     assert small["norm"]["weight"] is params["norm"]["weight"]
 
 
+def test_files_of_benchmarks_are_rows(tmp_path):
+    tokenizer = tiny.byte_tokenizer()
+
+    def counted(name, content, length=60):
+        (tmp_path / name).write_text(content)
+        rows = texts.of_file(tokenizer, tmp_path / name, length)
+        return [
+            tokenizer.decode(row[mask].tolist(), skip_special_tokens=False)
+            for row, mask in zip(rows.tokens, rows.mask, strict=True)
+        ]
+
+    asked = '{"question": "Who?", "answer": "Me."}\n{"question": "Why?", "answer": "So."}\n'
+    assert counted("tofu.json", asked) == ["Me.<|im_end|>", "So.<|im_end|>"]
+    assert counted("muse.json", '[{"prompt": "Who", "gt": "ever"}]') == ["ever<|im_end|>"]
+    # All but the first token of every row counts; texts of a corpus follow each other.
+    assert counted("corpus.jsonl", '{"text": "abc"}\n{"text": "defg"}\n', 4) == ["bc\n", "def"]
+    assert counted("plain.jsonl", "abcd\nefgh\n", 4) == ["bcd", "\nef"]
+    assert counted("notes.md", "abcdefgh", 4) == ["bcd", "fgh"]
+    with pytest.raises(ValueError, match=r"short\.txt: the text has 2 tokens.*--length"):
+        counted("short.txt", "ab", 4)
+    with pytest.raises(ValueError, match=r"tofu\.json: \d+ tokens, at most 8 fit: .*--length"):
+        counted("tofu.json", asked, 8)
+    with pytest.raises(ValueError, match=r"line 1: the field 'answer' must be a text, got 1"):
+        counted("wmdp.json", '{"question": "Who?", "choices": ["a", "b"], "answer": 1}')
+
+
 SMOKE = [sys.executable, "-m", "experiments.language"]
 
 
