@@ -38,7 +38,7 @@ def seen_of(
     return map_logits(each, params, hidden, tokens[:, 1:], chunk=256)
 
 
-def look(config: Config, params: Params, tokens: np.ndarray, adapters: Sequence[Adapter]) -> Seen:
+def look(config: Config, params: Params, tokens: np.ndarray, adapters: Sequence[Adapter] = ()) -> Seen:
     """`Seen` of any number of rows, some at a time; of equal ones only once."""
     tokens, which = np.unique(tokens, axis=0, return_inverse=True)
     missing = -len(tokens) % ROWS_AT_ONCE
