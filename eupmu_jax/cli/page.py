@@ -9,7 +9,10 @@ STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:75em;margin:2em aut
 table{border-collapse:collapse;display:block;overflow-x:auto;font-variant-numeric:tabular-nums;margin:1em 0}
 td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}tr:hover{background:#f4f4f4}img{max-width:100%}
-pre{background:#f6f6f6;padding:1em;overflow:auto}"""
+pre{background:#f6f6f6;padding:1em;overflow:auto}strong{font-size:1.15em}summary{margin:.5em 0}
+@media print{body{max-width:none;margin:0;font-size:10pt}table{display:table;font-size:8pt}
+td,th{white-space:normal;padding:.1em .4em}pre{white-space:pre-wrap}
+h2{break-after:avoid}tr,img{break-inside:avoid}}"""
 
 Row = Mapping[str, str | float]
 
@@ -27,6 +30,14 @@ def heading(text: str) -> str:
 
 def paragraph(text: str) -> str:
     return f"<p>{html.escape(text)}</p>"
+
+
+def emphasised(text: str) -> str:
+    return f"<p><strong>{html.escape(text)}</strong></p>"
+
+
+def listed(texts: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in texts) + "</ul>"
 
 
 def preformatted(text: str) -> str:

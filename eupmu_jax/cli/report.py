@@ -1,4 +1,4 @@
-"""One page of a run: what it was, how it went, what came out."""
+"""One page of a run, for whoever has to judge it: what was asked, on which data, what was measured."""
 
 import json
 import os
@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from eupmu_jax.cli import page
+from eupmu_jax.cli import card, page
+from eupmu_jax.cli.curves import draw
 from eupmu_jax.run.files import write_whole
 from eupmu_jax.run.promise import Promise, verdict
 
@@ -27,23 +28,37 @@ def write(folder: str | os.PathLike) -> pathlib.Path:
 def _written(folder: pathlib.Path) -> pathlib.Path:
     run, steps, evaluations = read(folder)
     draw(folder / "curves.png", run["constraint"], steps, evaluations)
-    parts = [page.paragraph(sentence(run, steps, evaluations))]
-    if promise := read_promise(folder):
-        parts.append(page.paragraph(verdict(promise)))
-    parts.append(page.picture(folder / "curves.png"))
-    if (path := folder / "evaluation.json").exists():
-        for name, sets in json.loads(path.read_text()).items():
-            parts += [page.heading(name), page.table(sets.items())]
+    config, promise = read_config(folder), read_promise(folder)
+    scores = json.loads(path.read_text()) if (path := folder / "evaluation.json").exists() else {}
+    is_finished = promise or run["constraint"]["type"] != "Budget" or not unfinished(run, steps, evaluations)
+    lead = verdict(promise) if is_finished else card.UNFINISHED
+    parts = [page.emphasised(lead), page.paragraph(sentence(run, steps, evaluations))]
+    parts += [page.heading("What was asked"), page.table(card.asked(run, config.get("config", {})))]
+    parts += [page.heading("On which data"), page.table(card.data(run)), page.paragraph(card.CHECKSUMS)]
+    if promise:
+        parts += [
+            page.heading("What was promised, and what was measured"),
+            page.table(card.promised(promise)),
+        ]
+        parts.append(page.paragraph(card.NOT_HELD_OUT if promise.held_out_rise is None else card.HELD_OUT))
+    if scores:
+        parts.append(page.heading("Scores"))
+        parts.append(
+            page.table((f"{m}: {name}", row) for m, sets in scores.items() for name, row in sets.items())
+        )
+    parts += [page.heading("Step by step"), page.picture(folder / "curves.png")]
     if evaluations:
         numbers = lambda line: {name: value for name, value in line.items() if is_number(value)}
         rows = [
             (f"{line['step']}", {k: v for k, v in numbers(line).items() if k != "step"})
             for line in evaluations
         ]
-        parts += [page.heading("Evaluations, by steps done"), page.table(rows)]
+        parts.append(page.folded("Evaluations, by steps done", page.table(rows)))
+    parts += [page.heading("What this does not show"), page.listed(card.caveats(scores))]
+    parts += [page.heading("How to make it again"), *card.reproduced(folder, config)]
     for name in ("config.json", "run.json"):
         if (path := folder / name).exists():
-            parts += [page.heading(name), page.preformatted(path.read_text())]
+            parts.append(page.folded(name, page.preformatted(path.read_text())))
     written = folder / "report.html"
     write_whole(written, page.page(folder.resolve().name, parts))
     return written
@@ -54,7 +69,7 @@ def read(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray], l
     try:
         run = json.loads((folder / "run.json").read_text())
         texts = (folder / "metrics.jsonl").read_text().splitlines()
-        run = {"constraint": run["constraint"], "steps": run["steps"]}
+        run = run | {"constraint": run["constraint"], "steps": run["steps"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} is not the folder of a run of unlearn: {error}") from error
     lines = []
@@ -71,49 +86,10 @@ def read(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray], l
     return run, {name: np.array([line[name] for line in steps], float) for name in names}, evaluations
 
 
-def draw(
-    path: pathlib.Path,
-    constraint: dict[str, Any],
-    steps: dict[str, np.ndarray],
-    evaluations: list[dict[str, Any]],
-) -> None:
-    """Both losses, with what the retain loss may be, the multiplier, and accuracies that were evaluated."""
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure(figsize=(11, 6.5), layout="constrained")
-    forget, retain, multiplier, accuracy = figure.subplots(2, 2).flat
-    count = np.arange(1, len(steps["forget_loss"]) + 1)
-    window = max(1, len(count) // 100)
-    for axis, name in ((forget, "forget_loss"), (retain, "retain_loss"), (multiplier, "multiplier")):
-        smooth = window > 1 and axis is not multiplier
-        for k, values in enumerate(np.reshape(steps[name], (len(count), -1)).T):
-            axis.plot(count, values, color=f"C{k}", alpha=0.25 if smooth else 1, linewidth=0.8)
-            if smooth:
-                means = np.convolve(values, np.ones(window) / window, mode="valid")
-                label = None if k else f"mean of {window} steps"
-                axis.plot(count[window - 1 :], means, color=f"C{k}", label=label)
-        axis.set(xlabel="step", ylabel=name.replace("_", " "))
-    has_budget = constraint["type"] == "Budget"
-    if has_budget and constraint["baseline"] is not None:
-        bounds = np.ravel(np.asarray(constraint["baseline"]) + np.asarray(constraint["total"]))
-        for k, bound in enumerate(bounds):
-            label = None if k else "baseline + budget"
-            retain.axhline(bound, color=f"C{k}", linestyle=":", label=label)
-    if has_budget and np.all(steps["multiplier"] > 0):
-        multiplier.set_yscale("log")
-    names = [name for name in (evaluations[0] if evaluations else {}) if name.endswith("accuracy")]
-    for name in names:
-        points = [(line["step"], line[name]) for line in evaluations if name in line]
-        accuracy.plot(
-            *zip(*points, strict=True), ".-", label=name.removesuffix("accuracy").strip("_ ") or name
-        )
-    accuracy.set(xlabel="step", ylabel="accuracy")
-    accuracy.set_visible(bool(names))
-    for axis in (forget, retain, multiplier, accuracy):
-        axis.spines[["top", "right"]].set_visible(False)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """config.json of the command line; {} where a program of its own ran."""
+    path = folder / "config.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def read_promise(folder: pathlib.Path) -> Promise | None:
@@ -141,6 +117,12 @@ def sentence(run: dict[str, Any], steps: dict[str, np.ndarray], evaluations: lis
     if np.any(steps["infeasible"][-1]):
         parts.append("The budget looks infeasible: fine-tuning alone would not hold it.")
     return " ".join(parts)
+
+
+def unfinished(run: dict[str, Any], steps: dict[str, np.ndarray], evaluations: list[dict[str, Any]]) -> bool:
+    """Whether there are steps to do."""
+    stopped = evaluations and evaluations[-1].get("stopped")
+    return not stopped and len(steps["forget_loss"]) < run["steps"]
 
 
 def is_number(value: Any) -> bool:

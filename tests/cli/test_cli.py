@@ -146,6 +146,15 @@ def test_a_whole_run(files, tmp_path, capsys):
     page = (folder / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "20 of 20 steps." in page
+    # The promise, the data by its checksum, the attack that was not run, the command.
+    crc = json.loads((folder / "run.json").read_text())["forget"]["crc32"]
+    for said in (
+        "(measured on 60 examples)",
+        f"{crc:08x}",
+        "No membership attack was run",
+        "eupmu unlearn run/",
+    ):
+        assert said in page
     assert "after: forget" in capsys.readouterr().out
 
     # The same command again has nothing to do; another one is refused.
@@ -172,7 +181,9 @@ def test_a_whole_run(files, tmp_path, capsys):
     assert 0 <= found[f"model {folder}"]["forget"]["taken for unseen"] <= 100
     (folder / "report.html").unlink()
     main(["report", str(folder)])
-    assert "reference " in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "reference " in page
+    assert "is a weak one" in page
 
 
 @pytest.mark.parametrize(

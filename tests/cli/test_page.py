@@ -10,13 +10,15 @@ def test_text_is_escaped_wherever_it_stands(tmp_path):
     parts = [
         page.heading(evil),
         page.paragraph(evil),
+        page.emphasised(evil),
+        page.listed([evil]),
         page.preformatted(evil),
         page.table([(evil, {evil: evil})]),
     ]
     parts += [page.folded(evil, page.preformatted(evil)), page.picture(picture)]
     written = page.page(evil, parts)
     assert "<script" not in written
-    assert written.count("&lt;script&gt;&amp;") == 10
+    assert written.count("&lt;script&gt;&amp;") == 12
     assert 'src="data:image/png;base64,iVBORw=="' in written
     assert "http" not in written
 
