@@ -29,7 +29,7 @@ class Config:
 
     Each request is two details of one of the people to forget, and starts from the model that the one
     before it left. Each has the study's budgets, so that after n requests the retain losses may have risen
-    by n budgets. Writes requests.md to the run's folder, and the last model; about 6 min on two cores.
+    by n budgets. Writes requests.md to the run's folder, and the last model; about 15 min on two cores.
     Started again, it goes on after the last request that was finished.
     """
 

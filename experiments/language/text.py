@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import sys
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from rich.console import Console
 import eupmu_jax as eu
 from eupmu_jax.cli.main import BROKEN_PROMISE
 from experiments.language.fetch import model_path
-from experiments.language.losses import UNLIKELIHOOD, before_unlearning, make_losses
+from experiments.language.losses import before_unlearning, make_losses
 from experiments.language.measures import measured
 from experiments.language.texts import Rows, of_file
 from experiments.shared import command
@@ -26,7 +27,7 @@ APART = 5
 class Config:
     """Make a language model forget a text, and keep others within budgets.
 
-    Cuts every text into rows of tokens, descends the unlikelihood of the text to forget, and holds the loss
+    Cuts every text into rows of tokens, descends a forget loss on the text to forget, and holds the loss
     of every other text within its budget. Prints what became of each, and saves the model in Hugging Face's
     form. The exit status is 3 where the budgets could be kept by returning the model as it was only.
 
@@ -48,6 +49,9 @@ class Config:
 
     model: pathlib.Path | None = None
     """A folder of Hugging Face's form or a .gguf file; None for what `experiments.language.fetch` brought."""
+
+    objective: Literal["NPO", "unlikelihood"] = "NPO"
+    """The forget loss. Unlikelihood presses on what the model recites, and hardly on what it half knows."""
 
     steps: int = 40
     """How many steps."""
@@ -100,7 +104,7 @@ def main(config: Config) -> None:
 
     model = {"base": base, "adapter": {}}
     model, history = eu.unlearn(
-        make_losses(shape, UNLIKELIHOOD), model, before_unlearning(shape, model, forget, None), retain,
+        make_losses(shape, config.objective), model, before_unlearning(shape, model, forget, None), retain,
         optax.adam(config.rate), constraint, steps=config.steps,
         batch_size=(size, dict.fromkeys(retain, size)), seed=config.seed,
         held_out=held_out if all(len(rows.mask) for rows in held_out.values()) else None,
@@ -114,9 +118,14 @@ def main(config: Config) -> None:
         console.print(
             f"{name}: {nats[0]:.3f} → {nats[1]:.3f} nats per token, greedy {greedy[0]:.1%} → {greedy[1]:.1%}"
         )
-    assert history.promise is not None  # a budget over arrays
-    console.print(f"{eu.verdict(history.promise)}\nThe model: {config.out}")
-    if not history.promise.holds:
+    promise = history.promise
+    assert promise is not None  # a budget over arrays
+    if promise.held_out_rise is not None and promise.held_out_bound is not None:
+        unseen = zip(sorted(texts), promise.held_out_rise, promise.held_out_bound, strict=True)
+        for name, rise, bound in unseen:
+            console.print(f"{name}, rows kept apart: {rise:+.3f} nats per token, at most {bound:+.3f} (95%)")
+    console.print(f"{eu.verdict(promise)}\nThe model: {config.out}")
+    if not promise.holds:
         sys.exit(BROKEN_PROMISE)
 
 
