@@ -19,6 +19,8 @@ from eupmu_jax.run.progress import live_bar
 
 # A repair aims a little below the budget, since the loss is no line; one step nearly always does.
 AIM, MOST_REPAIRS = 0.97, 10
+# Where these do not suffice, so many halvings find how far back towards what came in is far enough.
+HALVINGS = 6
 # Rows of the retain set from which the gradient of a repair is taken.
 REPAIR_ROWS = 1024
 # Batches that a bound on unseen data is made of, where there are as many rows.
@@ -34,9 +36,11 @@ class Promise(NamedTuple):
       rise: R - R_0 of the returned parameters, likewise; <= budget.
       share: rise / budget.
       examples: rows of the retain set, or sets, that this was measured on.
-      repair_steps: how many steps it took to bring the loss back within the budget.
+      repair_steps: how many steps it took to bring the loss back within the budget, at most 10.
       holds: whether the unlearned parameters are within their budget. False: the returned ones are those that
         came in, unchanged, for which nothing is forgotten and nothing lost.
+      way: how far the returned parameters are on the straight way from those that came in to the unlearned
+        ones, in [0, 1]. Below 1 where the repair steps did not suffice.
       held_out_rise: the rise on held-out rows, [] or [K], or None where there are none.
       held_out_bound: its 95% upper confidence bound, likewise; a budget is not enforced there.
 
@@ -58,6 +62,7 @@ class Promise(NamedTuple):
     holds: bool
     held_out_rise: np.ndarray | None = None
     held_out_bound: np.ndarray | None = None
+    way: float = 1.0
 
 
 def verdict(promise: Promise | None) -> str:
@@ -82,6 +87,8 @@ def verdict(promise: Promise | None) -> str:
             f"The budget could not be kept {of}: the parameters are those that came in, and nothing is "
             "forgotten. Lower the learning rate, raise the budget, or take a bounded forget loss."
         )
+    if promise.way < 1:
+        of += f". The last steps went too far: this is {promise.way:.0%} of the way to where they led"
     worst = int(np.argmax(promise.share))
     rise, budget = np.ravel(promise.rise)[worst], np.ravel(promise.budget)[worst]
     moved = f"rose by {rise:.3g} of the {budget:.3g} you allowed"
@@ -187,7 +194,9 @@ def _added(mean: PyTree, part: PyTree, batches: int) -> PyTree:
     return jax.tree.map(lambda a, b: a + b / batches, mean, part)
 
 
-def within(trained: PyTree, of: Retained, constraint: Budget) -> tuple[PyTree, Promise]:
+def within(
+    trained: PyTree, of: Retained, constraint: Budget, original: Callable[[], PyTree]
+) -> tuple[PyTree, Promise]:
     r"""The parameters brought back within their budget, and what was measured; as far as that goes.
 
     Where a utility is over its budget, Polyak's step along the excesses over 97%, in shares s_k of the
@@ -196,16 +205,21 @@ def within(trained: PyTree, of: Retained, constraint: Budget) -> tuple[PyTree, P
     .. math:: E = \sum_k (s_k - 0.97)_+, \qquad \theta \leftarrow \theta - \frac{E}{|\nabla E|^2} \nabla E
 
     which would end there if the loss were a line; then everything is measured again. A step that made
-    it worse is taken back, and half as long the next time.
+    it worse is taken back, and half as long the next time. What ten steps do not bring back is moved towards
+    the parameters that came in, by the least of 64 equal parts of the way that is found to suffice.
     """
     baseline, total = np.asarray(constraint.baseline, np.float32), np.asarray(constraint.total, np.float32)
+    rise_of = lambda trained: of.measure(trained) - baseline
+    promised = lambda rise, steps, holds, way: Promise(
+        baseline, total + 0 * rise, rise, rise / total, of.examples, steps, holds, way=way
+    )
     best, least, length, slope, steps = trained, np.inf, 1.0, None, 0
     over = np.zeros(np.shape(baseline + total), bool)
     for steps in range(MOST_REPAIRS + 1):
-        rise = of.measure(trained) - baseline
+        rise = rise_of(trained)
         share = rise / total
         if np.all(share <= 1):
-            return trained, Promise(baseline, total + 0 * rise, rise, share, of.examples, steps, True)
+            return trained, promised(rise, steps, True, 1.0)
         excess = np.sum(np.maximum(share - AIM, 0))
         if slope is None and not np.isfinite(excess):
             break
@@ -216,8 +230,23 @@ def within(trained: PyTree, of: Retained, constraint: Budget) -> tuple[PyTree, P
         else:
             length /= 2
         trained = _polyak(best, slope, jnp.float32(length * least))
-    nothing = np.zeros_like(baseline + total)
-    return trained, Promise(baseline, total + nothing, nothing, nothing, of.examples, steps, False)
+    start, way, found = original(), 0.0, np.zeros_like(baseline + total)
+    if np.isfinite(least):
+        for halving in range(1, HALVINGS + 1):
+            further = way + 0.5**halving
+            rise = rise_of(_between(start, best, jnp.float32(further)))
+            if np.all(rise <= total):
+                way, found = further, rise
+    if way == 0:
+        return start, promised(found, steps, False, 0.0)
+    return _between(start, best, jnp.float32(way)), promised(found, steps, True, way)
+
+
+@jax.jit
+def _between(start: PyTree, end: PyTree, way: jax.Array) -> PyTree:
+    wide = lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    part = lambda a, b: (wide(a) + way * (wide(b) - wide(a))).astype(a.dtype)
+    return jax.tree.map(part, start, end)
 
 
 @jax.jit

@@ -270,9 +270,8 @@ def unlearn(
         chosen, best_step = ledger.chosen
         promise = None
         if measured is not None and isinstance(constraint, Budget):
-            chosen, promise = within(chosen, measured, constraint)
-            if not promise.holds:
-                chosen = original()
+            chosen, promise = within(chosen, measured, constraint, original)
+            if promise.way < 1:
                 processes.warn(verdict(promise), stacklevel=3)
             if held_out is not None:
                 of = unseen_sets(held_out, plan, processes)

@@ -65,7 +65,7 @@ def test_steps_that_went_too_far_are_taken_back(fn):
     params = {"w": jnp.full(3, 0.8), "b": jnp.zeros(())}
     budget = eu.Budget(np.full(before.shape, 0.1), baseline=before)
     of = measured_on(fn)
-    got, promise = within(params, of, budget)
+    got, promise = within(params, of, budget, lambda: PARAMS)
     assert promise.repair_steps >= 1
     assert promise.holds
     assert np.all(whole_rise(got, fn) <= 0.1)
@@ -89,11 +89,11 @@ def test_a_step_that_made_it_worse_is_taken_back():
     params = {"w": jnp.zeros(3), "b": jnp.array(0.5)}
     steep = {"w": jnp.zeros(3), "b": jnp.array(-0.5)}
     for start in (params, steep):
-        got, promise = within(start, measured_on(fn), eu.Budget(0.1, baseline=0.0))
+        got, promise = within(start, measured_on(fn), eu.Budget(0.1, baseline=0.0), lambda: PARAMS)
         assert promise.holds, start
         assert abs(float(got["b"]) - 0.01) <= 0.005
     nothing_left = eu.Budget(0.09, baseline=0.0)
-    _, promise = within(params, measured_on(fn), nothing_left)
+    _, promise = within(params, measured_on(fn), nothing_left, lambda: params)
     assert not promise.holds
     assert promise.repair_steps == 10
 
@@ -101,7 +101,7 @@ def test_a_step_that_made_it_worse_is_taken_back():
 def test_one_step_is_enough_where_the_loss_is_a_line():
     fn = lambda params, batch: eu.Losses(jnp.sum(params["w"]), jnp.mean(batch["retain"]) * 0 + params["b"])
     params = {"w": jnp.zeros(3), "b": jnp.array(0.5)}
-    got, promise = within(params, measured_on(fn), eu.Budget(0.1, baseline=0.0))
+    got, promise = within(params, measured_on(fn), eu.Budget(0.1, baseline=0.0), lambda: PARAMS)
     assert promise.repair_steps == 1
     np.testing.assert_allclose(got["b"], 0.097, rtol=1e-5)
 
@@ -112,14 +112,35 @@ def unrepairable(params, batch):
     return eu.Losses(losses_fn(params, batch).forget, jnp.mean(batch["retain"] ** 2) + risen)
 
 
+def test_what_repairs_do_not_bring_back_goes_part_of_the_way():
+    """On the line between, the retain loss is what it is: the furthest of 64 places within the budget."""
+    with pytest.warns(UserWarning, match="% of the way"):
+        params, history = run(unrepairable)
+    promise = history.promise
+    assert promise.holds
+    assert promise.repair_steps == 10
+    assert 0 < promise.way < 1
+    assert float(64 * promise.way).is_integer()
+    for a, b in zip(*map(jax.tree.leaves, (params, PARAMS)), strict=True):
+        assert np.any(a != b)
+    batch = {"forget": FORGET, "retain": RETAIN}
+    rise = unrepairable(params, batch).retain - unrepairable(PARAMS, batch).retain
+    np.testing.assert_allclose(promise.rise, rise, rtol=1e-4)
+    assert 0.5 < promise.share <= 1
+    assert unrepairable(params, batch).forget < unrepairable(PARAMS, batch).forget
+
+
 @pytest.mark.parametrize("score", [None, lambda metrics: metrics["step"]], ids=["last", "best"])
 def test_where_it_cannot_be_kept_what_came_in_comes_back(score):
+    """Below what the parameters had at the start, no place on the way is within the budget."""
+    too_low = eu.Budget(0.1, baseline=float(np.mean(RETAIN**2)) - 1)
     with pytest.warns(UserWarning, match="could not be kept .* nothing is forgotten"):
-        params, history = run(unrepairable, score=score)
+        params, history = run(unrepairable, score=score, constraint=too_low)
     for a, b in zip(*map(jax.tree.leaves, (params, PARAMS)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert not history.promise.holds
     assert history.promise.rise == 0
+    assert history.promise.way == 0
     assert history.promise.repair_steps == 10
     assert "nothing is forgotten" in eu.verdict(history.promise)
 
@@ -274,7 +295,7 @@ def test_what_it_costs():
     rows, of = [], measured_on(lambda params, batch: losses_fn(params, count(batch, rows)))
     budget = eu.Budget(0.1, baseline=float(np.mean(RETAIN**2)))
     params = {"w": jnp.asarray(np.full(3, 0.8, np.float32)), "b": jnp.asarray(np.float32(0))}
-    assert within(params, of, budget)[1].repair_steps > 0
+    assert within(params, of, budget, lambda: PARAMS)[1].repair_steps > 0
     # Each shape is traced once, forward and backward: all else are calls of compiled programs.
     assert sorted(rows) == [2, 16, 16]
 
@@ -293,7 +314,7 @@ def test_passes_and_gradient_rows(monkeypatch):
     of, passes = measured_on(losses_fn), []
     counting = of._replace(parts=lambda trained: passes.append(1) or of.parts(trained))
     params = {"w": jnp.full(3, 0.8), "b": jnp.zeros(())}
-    found = within(params, counting, eu.Budget(0.1, baseline=float(np.mean(RETAIN**2))))[1]
+    found = within(params, counting, eu.Budget(0.1, baseline=float(np.mean(RETAIN**2))), lambda: PARAMS)[1]
     assert found.repair_steps > 0
     assert len(passes) == found.repair_steps + 1
     # 130 rows in batches of 16 are 9, in two halves of 5; no batch serves two gradients.
@@ -307,6 +328,9 @@ def count(batch, rows):
 
 def test_sentences():
     numbers = lambda rise: (np.array(1.2), np.array(0.1), np.array(rise), np.array(rise / 0.1))
+    part = eu.Promise(*numbers(0.09), examples=10, repair_steps=10, holds=True, way=0.25)
+    assert "rose by 0.09 of the 0.1 you allowed (measured on 10 examples). The last steps" in eu.verdict(part)
+    assert "25% of the way" in eu.verdict(part)
     fell = eu.Promise(*numbers(-0.02), examples=10, repair_steps=0, holds=True)
     said = "The retain loss fell by 0.02; you allowed a rise of 0.1 (measured on 10 examples)."
     assert eu.verdict(fell) == said
