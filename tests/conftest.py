@@ -45,7 +45,9 @@ def pytest_collection_modifyitems(items):
     """The longest files first, so that no core is idle at the end."""
     longest = {
         "test_experiments",
+        "test_language",
         "test_layouts",
+        "test_processes",
         "test_cli",
         "test_budget",
         "test_conformance",
