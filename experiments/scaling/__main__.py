@@ -33,7 +33,7 @@ CELLS = [
     *both(Cell("Llama-3.2-1B", "v5p:2x2x1", fsdp=1, tensor=1, sequences=8, time=512)),
     *both(Cell("Qwen3-1.7B", "v5p:2x2x1", fsdp=1, tensor=1, sequences=8, time=512)),
     *both(Cell("Llama-3.2-1B", "v5e:2x2", fsdp=4, tensor=1, sequences=2, time=512)),
-    *both(Cell("Llama-2-70B", "v5e:16x16", fsdp=32, tensor=8, sequences=2)),
+    Cell("Llama-2-70B", "v5e:16x16", fsdp=32, tensor=8, sequences=2),
 ]
 SMALL_CELLS = [Cell("small", "v5e:2x2", fsdp=2, tensor=2, sequences=1, time=128)]
 
