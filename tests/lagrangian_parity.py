@@ -1,4 +1,4 @@
-"""`saddle_point` against `implicit_surgery` in every setting: `python -m tests.lagrangian_parity` prints the table."""
+"""`saddle_point` against `implicit_surgery`; `python -m tests.lagrangian_parity` prints the differences."""
 
 import os
 

@@ -34,8 +34,9 @@ class Lagrangian(kd.losses.Loss):
         return jnp.dot(weights, losses)
 
     def get_state_from_context(self, context):
+        weights = kontext.get_by_path(context, self.weights)
         losses = jnp.stack([loss(context=context) for loss in (self.forget, self.retain)])
-        return self.State.from_values(values=self.get_values(kontext.get_by_path(context, self.weights), losses))
+        return self.State.from_values(values=self.get_values(weights, losses))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class WithWeights(kd.ckpts.InitTransform):
     """Puts the weights beside the parameters, which another transform may have loaded."""
 
     constraint: Any
-    params: Any = kd.ckpts.NoopTransform()
+    params: Any
 
     def transform(self, state):
         state = self.params.transform(state)
@@ -165,11 +166,11 @@ def main(steps: int = 200) -> dict[str, Outcome]:
     tokens = int(batch["mask"][:FORGET].sum())
     print(f"Of the {tokens} tokens of the texts to forget it names {known}.")
     outcomes = {}
-    for name, run in runs.items():
-        state = train(*run, batch, steps)
+    for name, (losses, optimizer, transform) in runs.items():
+        state = train(losses, optimizer, transform, batch, steps)
         after, named = measured(state.params["policy"], batch)
         outcomes[name] = outcome = Outcome(int(named), tokens, float(after - before))
-        print(f"{name}: it still names {outcome.named}; the loss on the others rose by {outcome.rise:.3f} nats.")
+        print(f"{name}: now {outcome.named}, and the loss on the others rose by {outcome.rise:.3f} nats.")
         if "weights" in state.params:
             print(f"  The multiplier is {float(eu.multiplier(state.opt_state)):.2f}.")
     return outcomes
