@@ -113,24 +113,26 @@ def accumulated(dtype):
     return lambda *given: optax.MultiSteps(plain(*given), 4, accumulator_dtype=dtype)
 
 
+SETTINGS = {
+    f"{name}, {inner}": lambda k, name=name, inner=inner: step_for_step(name, INNERS[inner], k)
+    for name in constraints(1)
+    for inner in (INNERS if name == "budget" else ["clipped momentum"])
+} | {
+    "MultiSteps(4), sums in float32": lambda k: wrapped(accumulated(jnp.float32), k, parts=4),
+    "MultiSteps(4), sums in float64": lambda k: wrapped(accumulated(jnp.float64), k, parts=4),
+    "optax.chain": lambda k: wrapped(lambda *given: optax.chain(plain(*given)), k),
+    "inject_hyperparams": lambda k: wrapped(injected, k, inner=PLAIN),
+    "donated buffers": lambda k: wrapped(plain, k, donated=True),
+    "stored and restored half-way": lambda k: wrapped(plain, k, stored=True),
+    "bfloat16 parameters, float32 weights": lambda k: wrapped(plain, k, cast=jnp.bfloat16),
+    "NNX module": nnx_module,
+}
+"""Setting -> the largest absolute difference, of K utilities."""
+
+
 def main() -> None:
-    rows = {
-        f"{name}, {inner}": lambda k, name=name, inner=inner: step_for_step(name, INNERS[inner], k)
-        for name in constraints(1)
-        for inner in (INNERS if name == "budget" else ["clipped momentum"])
-    }
-    rows |= {
-        "MultiSteps(4), sums in float32": lambda k: wrapped(accumulated(jnp.float32), k, parts=4),
-        "MultiSteps(4), sums in float64": lambda k: wrapped(accumulated(jnp.float64), k, parts=4),
-        "optax.chain": lambda k: wrapped(lambda *given: optax.chain(plain(*given)), k),
-        "inject_hyperparams": lambda k: wrapped(injected, k, inner=PLAIN),
-        "donated buffers": lambda k: wrapped(plain, k, donated=True),
-        "stored and restored half-way": lambda k: wrapped(plain, k, stored=True),
-        "bfloat16 parameters, float32 weights": lambda k: wrapped(plain, k, cast=jnp.bfloat16),
-        "NNX module": nnx_module,
-    }
     print("| setting | K = 1 | K = 3 |\n|---|--:|--:|")
-    for name, measure in rows.items():
+    for name, measure in SETTINGS.items():
         print(f"| {name} |", " | ".join(f"{measure(k):.0e}" for k in (1, 3)), "|", flush=True)
 
 

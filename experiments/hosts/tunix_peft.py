@@ -146,9 +146,7 @@ def main(
             # The second time it is as after a kill: all is built anew, and the trainer reads its checkpoint.
             model = load(source)
             module = Weighted(model, budget, initial_multiplier=multiplier)
-            trainer = train(module, tx, batches(sets, size=1), until, folder)
-    info = eu.surgery_info(nnx.as_pure(trainer.optimizer.opt_state))
-    print(f"Step {info.applied_steps}: multipliers {np.round(info.multiplier, 2)}.")
+            train(module, tx, batches(sets, size=1), until, folder)
 
     after, given = measured(model, sets)
     outcome = Outcome((given_before, given), int(sets["forget"].mask[:, 1:].sum()), after - before)
