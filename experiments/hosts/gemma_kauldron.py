@@ -56,13 +56,14 @@ def saddle_point(inner, constraint):
     """`eu.saddle_point` for a dict of parameters that has the weights among them."""
     tx = eu.saddle_point(inner, constraint)
 
-    def as_weighted(params):
+    def as_weighted(params: Any) -> eu.Weighted:
         rest = {name: value for name, value in params.items() if name != "weights"}
         return eu.Weighted(rest, params["weights"])
 
-    def update(grads, state, params=None):
-        updates, state = tx.update(as_weighted(grads), state, as_weighted(params))
-        return updates.params | {"weights": updates.weights}, state
+    def update(updates, state, params=None):
+        moves: Any
+        moves, state = tx.update(as_weighted(updates), state, as_weighted(params))
+        return moves.params | {"weights": moves.weights}, state
 
     return optax.GradientTransformation(lambda params: tx.init(as_weighted(params)), update)
 
@@ -117,7 +118,7 @@ def train(losses, optimizer, transform, batch, steps) -> Any:
     step = kd.train.TrainStep(
         model=gm.nn.AnchoredPolicy(policy=small()), optimizer=optimizer, init_transform=transform,
         rng_streams=kd.train.RngStreams(seed=0), sharding=kd.sharding.ShardingStrategy(),
-        aux=kd.train.Auxiliaries(losses=losses),
+        aux=kd.train.Auxiliaries(losses=losses, metrics={}, summaries={}),
     )  # fmt: skip
     spec = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()}
     state = step.init(spec)

@@ -71,7 +71,7 @@ def load_sets(source: pathlib.Path, length: int) -> dict[str, Rows]:
     }
 
 
-def predict(model: Any, tokens: jax.Array) -> jax.Array:
+def predict(model: Any, tokens: Any) -> jax.Array:
     """The logits of what follows each token."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     causal = jnp.tril(jnp.ones((1, tokens.shape[1], tokens.shape[1]), bool))
