@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,20 @@ def test_keras_forgets_within_its_budget():
     assert done.returncode == 0, done.stderr
     assert "it still names 0." in done.stdout
     assert "The budget is kept" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("gemma") is None, reason="Gemma takes Python 3.12")
+def test_npo_alone_costs_what_its_budget_does_not_allow():
+    done = subprocess.run(
+        [sys.executable, "-c", "from experiments.hosts import gemma_kauldron as g; print(g.main())"],
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rises = [float(rise) for rise in re.findall(r"the loss on the others rose by (\S+) nats", done.stdout)]
+    assert rises[0] > 1
+    assert 0 < rises[1] <= 0.1
+    assert all(int(named) < 40 for named in re.findall(r": now (\d+)", done.stdout))
 
 
 @pytest.mark.slow
@@ -157,7 +172,7 @@ def tunix_run(host, folder, data, steps, **settings):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_tunix_forgets_within_its_budgets(tunix_peft, learned_llama, capsys):
-    outcome = tunix_peft.main(learned_llama, TINY_LENGTH, steps=30, rate=3e-3)
+    outcome = tunix_peft.main(learned_llama, TINY_LENGTH, steps=60, rate=1e-3)
     before, after = outcome.given
     assert before > 0.7 * outcome.tokens
     assert after < 0.7 * before
