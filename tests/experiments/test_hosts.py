@@ -202,9 +202,6 @@ def test_tunix_accumulates_to_the_undivided_batch(tunix_peft, learned_llama):
     ]
     divided = tunix_run(tunix_peft, learned_llama, micro, 5, accumulated=4)
     undivided = tunix_run(tunix_peft, learned_llama, whole, 5, accumulated=None)
-    print("largest difference", max(map(np.max, jax.tree.leaves(
-        jax.tree.map(lambda a, b: np.abs(a - b), divided, undivided)
-    ))))  # fmt: skip
     chex.assert_trees_all_close(divided, undivided, rtol=1e-5, atol=1e-6)
     assert np.abs(undivided[1].multiplier - 1).min() > 0.01
 
