@@ -156,15 +156,15 @@ def tunix_batches(host, folder, size):
     return itertools.islice(host.batches(sets, size), 40)
 
 
-def tunix_run(host, folder, data, steps, **settings):
+def tunix_run(host, source, data, steps, **settings):
     """The adapters, the weights and what `surgery_info` says after so many steps of Tunix's trainer."""
     budget, multiplier = eu.Budget(np.full(2, 0.1), baseline=np.full(2, 3.0)), np.ones(2)
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.05, momentum=0.9))
-    module = Weighted(host.load(folder), budget, initial_multiplier=multiplier)
+    module = Weighted(host.load(source), budget, initial_multiplier=multiplier)
     tx = saddle_point(inner, budget, initial_multiplier=multiplier)
     trainer = host.train(module, tx, data, steps, **settings)
     info = eu.surgery_info(nnx.as_pure(trainer.optimizer.opt_state))
-    assert trainer.optimizer.step[...] == len(range(steps)) * (settings.get("accumulated", 4) or 1)
+    assert trainer.optimizer.step[...] == steps * (settings.get("accumulated", 4) or 1)
     assert int(info.skipped_steps) == 0
     return nnx.as_pure(nnx.state(module, nnx.LoRAParam)), info
 
