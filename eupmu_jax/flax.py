@@ -136,7 +136,8 @@ def trainable(params: nnx.State, *filters: Any) -> Callable[[str], bool]:
 class Weighted(nnx.Module):
     """An NNX module of a model and of the weights of its losses: `eu.weighted` for trainers of modules.
 
-    It has the attributes ``model`` and ``weights``, and calling it calls the model.
+    It has the attributes ``model`` and ``weights``, and calling it calls the model. The weights are an
+    ``nnx.LoRAParam`` where the model has one, else an ``nnx.Param``: add adapters first.
 
     Args:
       model: the module to train; it is shared, not copied.
@@ -159,9 +160,10 @@ class Weighted(nnx.Module):
         params = nnx.as_pure(nnx.state(model, nnx.Param))
         _, weights = method.weighted(params, constraint, initial_multiplier=initial_multiplier)
         self.model = model
-        # Trainers choose what they train by its kind: nnx.Param, or nnx.LoRAParam for a model with adapters.
-        # This is both, so that either filter takes the weights along.
-        self.weights = nnx.LoRAParam(weights)
+        # Trainers choose what they train by its kind: nnx.LoRAParam, which is an nnx.Param, where they find
+        # one, and else nnx.Param. So the weights are of the kind that is found without them.
+        adapted = any(isinstance(node, nnx.LoRAParam) for _, node in nnx.iter_graph(model))
+        self.weights = (nnx.LoRAParam if adapted else nnx.Param)(weights)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)  # pyright: ignore[reportCallIssue]
@@ -206,9 +208,8 @@ def saddle_point(
 
     Returns:
       A GradientTransformationExtraArgs for ``nnx.Optimizer(module, tx, wrt=...)``, where ``wrt`` is
-      ``nnx.Param``, ``nnx.LoRAParam`` or another filter that accepts the weights, which are an
-      ``nnx.LoRAParam``. Then ``optimizer.update(module, grads)``, and
-      ``eu.surgery_info(nnx.as_pure(optimizer.opt_state))``.
+      ``nnx.Param``, for a model with adapters ``nnx.LoRAParam``, or another filter that accepts the weights.
+      Then ``optimizer.update(module, grads)``, and ``eu.surgery_info(nnx.as_pure(optimizer.opt_state))``.
 
     Raises:
       KeyError: a state without the weights: ``wrt`` does not accept them, or the module is no `Weighted`.

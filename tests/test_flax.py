@@ -258,6 +258,7 @@ def test_nnx_through_a_trainer_of_one_loss(wrt):
     budget, inner = eu.Budget(0.1, baseline=0.5), optax.sgd(0.1, momentum=0.9)
     module = Weighted(Plain(nnx.Rngs(0), adapted=wrt is nnx.LoRAParam), budget)
     optimizer = nnx.Optimizer(module, saddle_point(inner, budget), wrt=wrt)
+    assert type(module.weights) is wrt, "trainers look for adapters, to train them alone"
     graphdef, params, rest = nnx.split(module.model, wrt, ...)
     params = jax.tree.map(jnp.copy, params)
     frozen = jax.tree.map(jnp.copy, nnx.state(module.model, nnx.Not(wrt)))

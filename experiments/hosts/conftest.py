@@ -1,3 +1,3 @@
-"""Keras and Grain are no dependencies: pytest must not import their examples in search of doctests."""
+"""These import what is no dependency: pytest must not look into them for doctests."""
 
-collect_ignore = ["keras_jax.py", "grain_data.py"]
+collect_ignore = ["keras_jax.py", "grain_data.py", "tunix_peft.py", "gemma_kauldron.py"]

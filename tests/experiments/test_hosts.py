@@ -2,17 +2,30 @@
 
 import importlib
 import importlib.util
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 
+import chex
 import jax
 import matplotlib as mpl
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
+import eupmu_jax as eu
+from eupmu_jax import objectives
+from eupmu_jax.flax import Weighted, saddle_point
 from experiments.hosts import optax_alone, task
+from experiments.language import tiny
+from experiments.language.texts import CHAT, chat
+from experiments.shared.models.llama import files
+from experiments.shared.models.llama import model as llama
 
 
 def check(outcome, capsys):
@@ -44,6 +57,20 @@ def test_keras_forgets_within_its_budget():
     assert done.returncode == 0, done.stderr
     assert "it still names 0." in done.stdout
     assert "The budget is kept" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("gemma") is None, reason="Gemma takes Python 3.12")
+def test_npo_alone_costs_what_its_budget_does_not_allow():
+    done = subprocess.run(
+        [sys.executable, "-c", "from experiments.hosts import gemma_kauldron as g; print(g.main())"],
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rises = [float(rise) for rise in re.findall(r"the loss on the others rose by (\S+) nats", done.stdout)]
+    assert rises[0] > 1
+    assert 0 < rises[1] <= 0.1
+    assert all(int(named) < 40 for named in re.findall(r": now (\d+)", done.stdout))
 
 
 @pytest.mark.slow
@@ -84,6 +111,109 @@ def test_rows_from_files_are_those_of_the_sets_and_follow_from_the_step(tmp_path
     jax.tree.map(
         np.testing.assert_array_equal, resumed, grain_data.unlearn(tmp_path, optax_alone.initial(), steps=8)
     )
+
+
+@pytest.fixture(scope="module")
+def tunix_peft():
+    """Its imports warn of this and that."""
+    if importlib.util.find_spec("tunix") is None:
+        pytest.skip('Tunix brings 1.6 GB and is not installed: pip install -e ".[tunix]"')
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module("experiments.hosts.tunix_peft")
+
+
+TINY_LENGTH = 128
+
+
+@pytest.fixture(scope="module")
+def learned_llama(tmp_path_factory):
+    """A folder with a small Llama that has learned the answers, byte by byte."""
+    folder = tiny.make(tmp_path_factory.mktemp("llama") / "random", seed=0)
+    rows = chat(files.load_tokenizer(folder), CHAT, TINY_LENGTH)
+    config, params = files.load(folder)
+    tx = optax.adam(1e-2)
+
+    @jax.jit
+    def step(params, state):
+        def loss(params):
+            logits = llama.logits(config, params, rows.tokens[:, :-1])
+            return objectives.cross_entropy(logits, rows.tokens[:, 1:], rows.mask[:, 1:]).mean()
+
+        updates, state = tx.update(jax.grad(loss)(params), state)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(150):
+        params, state = step(params, state)
+    learned = folder.with_name("learned")
+    files.save(learned, config, params, like=folder)
+    return learned
+
+
+def tunix_batches(host, folder, size):
+    sets = host.load_sets(folder, TINY_LENGTH)
+    return itertools.islice(host.batches(sets, size), 40)
+
+
+def tunix_run(host, source, data, steps, **settings):
+    """The adapters, the weights and what `surgery_info` says after so many steps of Tunix's trainer."""
+    budget, multiplier = eu.Budget(np.full(2, 0.1), baseline=np.full(2, 3.0)), np.ones(2)
+    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.05, momentum=0.9))
+    module = Weighted(host.load(source), budget, initial_multiplier=multiplier)
+    tx = saddle_point(inner, budget, initial_multiplier=multiplier)
+    trainer = host.train(module, tx, data, steps, **settings)
+    info = eu.surgery_info(nnx.as_pure(trainer.optimizer.opt_state))
+    assert trainer.optimizer.step[...] == steps * (settings.get("accumulated", 4) or 1)
+    assert int(info.skipped_steps) == 0
+    return nnx.as_pure(nnx.state(module, nnx.LoRAParam)), info
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_tunix_forgets_within_its_budgets(tunix_peft, learned_llama, capsys):
+    outcome = tunix_peft.main(learned_llama, TINY_LENGTH, steps=60, rate=1e-3)
+    before, after = outcome.given
+    assert before > 0.7 * outcome.tokens
+    assert after < 0.7 * before
+    assert np.all(outcome.rises <= 0.1)
+    said = capsys.readouterr().out
+    assert f"of the {outcome.tokens} tokens of four answers it gave {before}, now {after}." in said
+    assert said.count("is kept: the loss rose by") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_tunix_computes_what_the_files_say(tunix_peft, learned_llama):
+    """Tunix's own default of rope_theta would be 100 times that of this model."""
+    config, params = files.load(learned_llama)
+    tokens = tunix_peft.load_sets(learned_llama, TINY_LENGTH)["prose"].tokens[:2]
+    expected = llama.logits(config, params, tokens)
+    found = tunix_peft.predict(tunix_peft.load(learned_llama), tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_tunix_accumulates_to_the_undivided_batch(tunix_peft, learned_llama):
+    micro = list(itertools.islice(tunix_batches(tunix_peft, learned_llama, size=1), 20))
+    whole = [
+        jax.tree.map(lambda *parts: np.concatenate(parts), *micro[at : at + 4]) for at in range(0, 20, 4)
+    ]
+    divided = tunix_run(tunix_peft, learned_llama, micro, 5, accumulated=4)
+    undivided = tunix_run(tunix_peft, learned_llama, whole, 5, accumulated=None)
+    chex.assert_trees_all_close(divided, undivided, rtol=1e-5, atol=1e-6)
+    assert np.abs(undivided[1].multiplier - 1).min() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_tunix_goes_on_from_its_checkpoint(tunix_peft, learned_llama, tmp_path):
+    data = list(tunix_batches(tunix_peft, learned_llama, size=1))
+    once = tunix_run(tunix_peft, learned_llama, data, 4, folder=str(tmp_path / "once"))
+    tunix_run(tunix_peft, learned_llama, data, 2, folder=str(tmp_path / "twice"))
+    twice = tunix_run(tunix_peft, learned_llama, data, 4, folder=str(tmp_path / "twice"))
+    chex.assert_trees_all_equal(twice, once)
 
 
 def test_the_report_says_when_a_budget_is_not_kept(capsys):
