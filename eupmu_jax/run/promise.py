@@ -39,10 +39,10 @@ class Promise(NamedTuple):
       repair_steps: how many steps it took to bring the loss back within the budget, at most 10.
       holds: whether the unlearned parameters are within their budget. False: the returned ones are those that
         came in, unchanged, for which nothing is forgotten and nothing lost.
-      way: how far the returned parameters are on the straight way from those that came in to the unlearned
-        ones, in [0, 1]. Below 1 where the repair steps did not suffice.
       held_out_rise: the rise on held-out rows, [] or [K], or None where there are none.
       held_out_bound: its 95% upper confidence bound, likewise; a budget is not enforced there.
+      way: how far the returned parameters are on the straight way from those that came in to the unlearned
+        ones, in [0, 1]. Below 1 where the repair steps did not suffice.
 
     Example:
       >>> import numpy as np

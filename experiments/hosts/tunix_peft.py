@@ -26,7 +26,7 @@ from experiments.language.fetch import model_path
 from experiments.language.texts import CHAT, TOPICS, Rows, chat, prose
 from experiments.shared.models.llama import files
 
-STEPS, ACCUMULATED, LENGTH = 20, 4, 48
+STEPS, ACCUMULATED, ROWS, LENGTH = 20, 4, 4, 48
 TOTALS = {"the other answers": 0.1, "prose": 0.1}
 """How much the loss of each may rise, in nats per token."""
 AT_ONCE = 4
@@ -146,7 +146,7 @@ def main(
             # The second time it is as after a kill: all is built anew, and the trainer reads its checkpoint.
             model = load(source)
             module = Weighted(model, budget, initial_multiplier=multiplier)
-            train(module, tx, batches(sets, size=1), until, folder)
+            train(module, tx, batches(sets, size=ROWS), until, folder)
 
     after, given = measured(model, sets)
     outcome = Outcome((given_before, given), int(sets["forget"].mask[:, 1:].sum()), after - before)
