@@ -46,11 +46,10 @@ add_module_names = False
 
 myst_enable_extensions = ["dollarmath", "attrs_block", "deflist"]
 myst_heading_anchors = 3
-# The file's cells are compared with those of the cache, the package that they run is not: what is to be run
-# for certain is built into a new folder.
-nb_execution_mode = "cache"
+# Sphinx reads a page again when the page has changed: build into a new folder to run all notebooks.
+nb_execution_mode = "force"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_execution_timeout = 1800
 nb_merge_streams = True
 
 html_title = f"eupmu_jax {release}"
