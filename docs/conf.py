@@ -54,6 +54,7 @@ nb_merge_streams = True
 
 html_title = f"eupmu_jax {release}"
 html_theme = "furo"
+pygments_dark_style = "monokai"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
@@ -69,6 +70,6 @@ def setup(app: Sphinx) -> None:
 
 
 def as_page_of_the_site(app: Sphinx, docname: str, source: list[str]) -> None:
-    """A study's tables are reached from its page alone."""
+    """A study's tables are reached from its page, not by searching."""
     if docname.startswith("experiments/") and not docname.endswith("/README"):
-        source[0] = "---\norphan: true\n---\n" + source[0]
+        source[0] = "---\norphan: true\nnosearch: true\n---\n" + source[0]
