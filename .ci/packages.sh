@@ -8,8 +8,8 @@ trap 'rm -rf "$work"' EXIT
 python=${PYTHON:-python3.11}
 
 "$python" -m venv "$work/build"
-"$work/build/bin/pip" install --quiet build
-"$work/build/bin/python" -m build --outdir "$work/dist" . > "$work/build.log" || { cat "$work/build.log"; exit 1; }
+"$work/build/bin/pip" install --quiet build hatchling
+"$work/build/bin/python" -m build --no-isolation --outdir "$work/dist" . > "$work/build.log" || { cat "$work/build.log"; exit 1; }
 ls "$work/dist"
 
 fresh() {  # a new environment with the wheel, or one of its extras
