@@ -35,6 +35,7 @@ root_doc = "index"
 # A single backtick in a docstring names something of the package.
 default_role = "py:obj"
 highlight_language = "text"
+smartquotes = False  # they would change what stands between them in a docstring
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
 autodoc_class_signature = "mixed"
