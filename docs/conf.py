@@ -72,5 +72,5 @@ def setup(app: Sphinx) -> None:
 
 def as_page_of_the_site(app: Sphinx, docname: str, source: list[str]) -> None:
     """A study's tables are reached from its page, not by searching."""
-    if docname.startswith("experiments/") and not docname.endswith("/README"):
+    if docname.startswith("experiments/") and "/results/" in docname:
         source[0] = "---\norphan: true\nnosearch: true\n---\n" + source[0]

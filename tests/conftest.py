@@ -7,11 +7,12 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nearly all of the time goes into compiling small programs, which takes a third of it with the last two. What
 # the environment says comes later and wins; where cost is measured, tests/costs.py compiles as users do.
-flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
-# Later versions do not have it, and XLA ends the process for a flag that it does not know.
-if importlib.metadata.version("jaxlib").split(".")[:2] in (["0", "10"], ["0", "11"]):
-    flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    # Later versions do not have it, and XLA ends the process for a flag that it does not know.
+    + ("--xla_cpu_use_fusion_emitters=false " * importlib.metadata.version("jaxlib").startswith("0.10."))
+    + os.environ.get("XLA_FLAGS", "")
+)
 
 import jax
 import pytest
