@@ -1,0 +1,57 @@
+"""What is measured of each model: every row's compiled step and its time, in JAX and in PyTorch."""
+
+from collections.abc import Callable
+from typing import Any
+
+from experiments.benchmarks import peers
+from experiments.benchmarks.models import Model, count
+from experiments.benchmarks.steps import BUDGET, FLOOR, LAGGED, LOOKAHEAD, steps_of
+from experiments.benchmarks.timing import (
+    block_of_calls,
+    block_of_scan,
+    compiled,
+    interleaved,
+    scanned,
+    stacked,
+    start,
+)
+from experiments.shared.records import Record
+
+SCANNED = (FLOOR, BUDGET, LAGGED, LOOKAHEAD)
+"""The rows that are also run as one call of many steps."""
+
+Report = Callable[[str, float], None]
+
+
+def measure(model: Model, rounds: int, report: Report) -> Record:
+    """Costs by row; seconds of a step by row in every round, a call a step ("calls") and in one call ("scan").
+
+    report(what, part) adds up to 1, half of it for compiling.
+    """
+    trained, frozen = model.init()
+    batch, inputs = {"frozen": frozen, **model.batch}, (frozen, stacked(model))
+    costs, blocks = {}, {}
+    rows = steps_of(model)
+    programs = len(rows) + len(SCANNED)
+    for name, step in rows.items():
+        program = compiled(step.step, start(step, trained), batch)
+        costs[name] = program.costs
+        blocks[f"calls: {name}"] = block_of_calls(program, start(step, trained), batch)
+        report(f"compiling {name}", 0.5 / programs)
+        if name in SCANNED:
+            many = compiled(scanned(step), start(step, trained), inputs)
+            blocks[f"scan: {name}"] = block_of_scan(many, start(step, trained), inputs)
+            report(f"compiling {name}, many steps", 0.5 / programs)
+    blocks |= {f"calls: {name}": block for name, block in peers.blocks_of(model).items()}
+    seconds = interleaved(blocks, model.steps, rounds, lambda what, part: report(what, part / 2))
+    return {
+        "parameters": count(trained),
+        "frozen": count(frozen),
+        "costs": costs,
+        "seconds": {kind: of_kind(seconds, kind) for kind in ("calls", "scan")},
+    }
+
+
+def of_kind(seconds: dict[str, Any], kind: str) -> dict[str, Any]:
+    prefix = f"{kind}: "
+    return {name.removeprefix(prefix): times for name, times in seconds.items() if name.startswith(prefix)}
