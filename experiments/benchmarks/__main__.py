@@ -1,15 +1,10 @@
 """What a step costs beside one weighted loss, and beside the peers' own code in the same process."""
 
 import dataclasses
-import os
 import pathlib
 
-# The same two cores for XLA and PyTorch: XLA takes as many threads as the process may use when it starts.
-CORES = 2
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
-
 from experiments.benchmarks import growth, models, peers, report, study, whole_runs
+from experiments.benchmarks.timing import on_few_cores
 from experiments.shared import command
 from experiments.shared.records import open_records
 from experiments.shared.report import note_session, read_origin, start_run, tables_of
@@ -44,7 +39,7 @@ def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
     runs = [name for name in WHOLE_RUNS if name in made]
     points = [(name, value) for name, axis in axes.items() for value in axis.values]
     path = resume or start_run(config.runs_dir, "benchmarks", config)
-    with command.working_in(path) as console:
+    with on_few_cores(), command.working_in(path) as console:
         for package, rows in peers.missing().items():
             console.print(f'no {package} (extra "benchmarks"), so without {", ".join(rows)}', markup=False)
         amount = 8 * len(made) + len(points) + 2 * len(runs)

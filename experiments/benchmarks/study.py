@@ -24,7 +24,7 @@ Report = Callable[[str, float], None]
 
 
 def measure(model: Model, rounds: int, report: Report) -> Record:
-    """Costs by row; seconds of a step by row in every round, a call a step ("calls") and in one call ("scan").
+    """Costs by row, and seconds of a step in every round: a call for each ("calls"), one for many ("scan").
 
     report(what, part) adds up to 1, half of it for compiling.
     """

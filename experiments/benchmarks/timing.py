@@ -1,7 +1,9 @@
 """Compiled steps and their costs; wall-clock times of several programs, taken in turn."""
 
+import contextlib
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,23 @@ from experiments.benchmarks.steps import Step
 
 Block = Callable[[int], None]
 """block(n): n steps, and waits for them."""
+
+
+CORES = 2
+
+
+@contextlib.contextmanager
+def on_few_cores() -> Iterator[None]:
+    """Two cores for all that is started within: XLA has a thread for each core that it finds at first."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[:CORES])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 class Program(NamedTuple):

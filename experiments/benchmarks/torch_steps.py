@@ -11,11 +11,8 @@ import torch.nn.functional as F
 
 from experiments.benchmarks.models import Model
 from experiments.benchmarks.peers import AGGREGATORS, COOPER, TORCH_FLOOR, TORCH_LAGGED, TORCH_LOOKAHEAD
-from experiments.benchmarks.timing import Block
+from experiments.benchmarks.timing import CORES, Block
 from experiments.benchmarks.torch_models import outputs_of
-
-# As many as XLA has; the command line gives both two.
-CORES = 2
 
 
 class Task(NamedTuple):
