@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -151,8 +152,15 @@ def cooper_lagrangian(task: Task) -> Callable[[], None]:
     return lambda: optimizer.roll()
 
 
-def steps(model: Model, lacking: Iterable[str] = ()) -> dict[str, Callable[[], None]]:
-    """A step of each peer by name, each on a copy of the parameters."""
+class Peer(NamedTuple):
+    """A step of its own task."""
+
+    task: Task
+    step: Callable[[], None]
+
+
+def peers_of(model: Model, lacking: Iterable[str] = ()) -> dict[str, Peer]:
+    """The peers by name, each on a copy of the parameters."""
     make: dict[str, Callable[[Task], Callable[[], None]]] = {
         TORCH_FLOOR: scalarised,
         TORCH_LAGGED: lagged,
@@ -160,8 +168,9 @@ def steps(model: Model, lacking: Iterable[str] = ()) -> dict[str, Callable[[], N
         COOPER: cooper_lagrangian,
     }
     for name, aggregator in AGGREGATORS.items():
-        make[name] = lambda task, aggregator=aggregator: aggregated(task, aggregator)
-    return {name: of(task_of(model)) for name, of in make.items() if name not in lacking}
+        make[name] = partial(aggregated, name=aggregator)
+    tasks = {name: task_of(model) for name in make if name not in lacking}
+    return {name: Peer(task, make[name](task)) for name, task in tasks.items()}
 
 
 def blocks_of(model: Model, lacking: Iterable[str] = ()) -> dict[str, Block]:
@@ -174,4 +183,4 @@ def blocks_of(model: Model, lacking: Iterable[str] = ()) -> dict[str, Block]:
 
         return block
 
-    return {name: block_of(step) for name, step in steps(model, lacking).items()}
+    return {name: block_of(peer.step) for name, peer in peers_of(model, lacking).items()}
