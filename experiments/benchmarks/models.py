@@ -93,7 +93,8 @@ def in_one_pass(outputs: Outputs) -> Callable[[Any, Any], eu.Losses]:
     def losses_fn(trained, batch):
         forget, retain = batch["forget"], batch["retain"]
         both = outputs(trained, batch["frozen"], jnp.concatenate([forget["x"], retain["x"]]))
-        return losses_of(*jnp.split(both, [len(forget["x"])]), retain["y"])
+        of_forget, of_retain = jnp.split(both, [len(forget["x"])])
+        return losses_of(of_forget, of_retain, retain["y"])
 
     return losses_fn
 

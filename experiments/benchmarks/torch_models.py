@@ -1,5 +1,7 @@
 """The models of `models` in PyTorch, as functions of the same trees of parameters."""
 
+# pyright: reportMissingImports=false
+
 from collections.abc import Callable
 from typing import Any
 

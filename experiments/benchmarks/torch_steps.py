@@ -1,5 +1,7 @@
 """The steps of PyTorch's users: one weighted loss, EUPMU written by hand, TorchJD's aggregators, cooper."""
 
+# pyright: reportMissingImports=false
+
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
