@@ -139,7 +139,9 @@ def cooper_lagrangian(task: Task) -> Callable[[], None]:
         def __init__(self):
             super().__init__()
             multiplier = cooper.multipliers.DenseMultiplier(num_constraints=1)
-            self.bound = cooper.Constraint(multiplier, cooper.ConstraintType.INEQUALITY)
+            self.bound = cooper.Constraint(
+                constraint_type=cooper.ConstraintType.INEQUALITY, multiplier=multiplier
+            )
 
         def compute_cmp_state(self) -> cooper.CMPState:
             violation = cooper.ConstraintState(violation=task.retain_loss()[None] - 1.0)
