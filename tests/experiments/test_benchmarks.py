@@ -25,6 +25,7 @@ from experiments.benchmarks.steps import (
 )
 from experiments.benchmarks.timing import interleaved, ratios, scanned, start
 from tests.costs import compile_step
+from tests.representatives import slow_unless
 
 needs_torch = pytest.mark.skipif(bool(peers.missing()), reason='the extra "benchmarks" is not installed')
 
@@ -40,7 +41,7 @@ def batch_of(model):
     return {"frozen": model.init().frozen, **model.batch}
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", slow_unless(["mlp"], SMALL))
 def test_one_pass_and_two_passes_see_the_same_losses(name):
     model = SMALL[name]()
     trained, batch = model.init().trained, batch_of(model)
@@ -62,28 +63,34 @@ def test_utilities_are_groups_of_retain_rows():
     np.testing.assert_allclose(groups.retain[-1], alone.retain, rtol=1e-6)
 
 
-def test_every_row_moves_the_parameters_and_a_scan_is_its_calls():
+def test_the_floor_is_the_first_row():
+    assert next(iter(steps_of(SMALL["mlp"]()))) == FLOOR
+
+
+@pytest.mark.parametrize("name", slow_unless([LAGGED], steps_of(SMALL["mlp"]())))
+def test_a_row_moves_the_parameters_and_a_scan_is_its_calls(name):
     model = SMALL["mlp"]()
     trained, batch = model.init().trained, batch_of(model)
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), model.batch)
-    rows = steps_of(model)
-    assert next(iter(rows)) == FLOOR
-    for name, step in rows.items():
-        carry = start(step, trained)
-        for _ in range(3):
-            carry = step.step(carry, batch)
-        many = scanned(step)(start(step, trained), ({}, stacked))
-        first = lambda carry: jax.tree.leaves(carry)[0]
-        assert np.abs(first(carry) - jax.tree.leaves(trained)[0]).max() > 0, name
-        np.testing.assert_allclose(first(many), first(carry), rtol=1e-6, err_msg=name)
+    step = steps_of(model)[name]
+    carry, taken = start(step, trained), jax.jit(step.step)
+    for _ in range(3):
+        carry = taken(carry, batch)
+    many = jax.jit(scanned(step))(start(step, trained), ({}, stacked))
+    first = lambda carry: jax.tree.leaves(carry)[0]
+    assert np.abs(first(carry) - jax.tree.leaves(trained)[0]).max() > 0
+    np.testing.assert_allclose(first(many), first(carry), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_cost_of_rows_beside_the_floor():
     """What holds on any machine: operations, bytes and memory of the compiled programs."""
     model = mlp((64, 256, 256, 10), 64, 1)
     trained, batch = model.init().trained, batch_of(model)
     found = {}
     for name, step in steps_of(model).items():
+        if name == GUARDED:
+            continue
         carry = start(step, trained)
         program = compile_step(step.step, carry, batch, donate=(0,))
         costs, memory = program.cost_analysis(), program.memory_analysis()
@@ -99,8 +106,7 @@ def test_the_cost_of_rows_beside_the_floor():
         LOOKAHEAD: (1.25, 1.9, 1.25),
         DIRECTIONAL: (1.35, 1.7, 1.25),
         EXACT: (1.05, 2.4, 1.8),
-        EXACT_SHARED: (1.5, 3.0, 1.8),
-        GUARDED: (1.05, 2.5, 2.0),
+        EXACT_SHARED: (1.75, 2.1, 1.5),
     }
     for name, limit in limits.items():
         assert np.all(over[name] <= limit), (name, over[name])
@@ -184,6 +190,7 @@ def test_a_run_of_unlearn_beside_its_bare_steps():
     np.testing.assert_allclose(sum(parts), 1)
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize("name", SMALL)
 def test_the_models_of_pytorch_are_the_same_functions(name):
@@ -196,6 +203,7 @@ def test_the_models_of_pytorch_are_the_same_functions(name):
     np.testing.assert_allclose(task.retain_loss().item(), losses.retain, rtol=2e-5)
 
 
+@pytest.mark.slow
 @needs_torch
 def test_the_steps_of_pytorch():
     """The floor is the same step as in JAX; every peer moves all parameters."""

@@ -59,7 +59,7 @@ def test_bytes_beyond_the_floor(inner, limit):
     Without state one more, since the two losses' gradients are read once more to be added; with Adam they are
     added before, and its updates are written out.
     """
-    params, losses_fn, batch = mlp(batch_size=16, widths=(256, 512, 10))
+    params, losses_fn, batch = mlp(batch_size=64, widths=(784, 1024, 10))
     inner = (INNER | {"sgd": optax.sgd(0.1)})[inner]
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     read = lambda step, state: compile_step(step, params, state, batch).cost_analysis()["bytes accessed"]
