@@ -22,11 +22,11 @@ class Config:
     PyTorch, TorchJD and cooper in the same process. On MLPs, a CNN and a Llama, on two cores; then how costs
     grow with parameters, utilities, rows and tokens, and `unlearn` against its bare steps. Writes tables.md,
     rows.csv, pictures and report.html to a new folder under --runs-dir; about 15 min on two cores, --smoke
-    (two tiny models) 1 min.
+    (one tiny model) 1 min.
     """
 
     smoke: bool = False
-    """Two tiny models, few rounds."""
+    """One tiny model, few rounds."""
 
     runs_dir: pathlib.Path = pathlib.Path("runs")
     """Where the run's folder is made."""
