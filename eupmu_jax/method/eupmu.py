@@ -90,8 +90,9 @@ def eupmu(
 
       A step with a non-finite loss or gradient (or a loss <= 0 where its logarithm is needed, or a
       look-ahead that shows either, or a dual step that overflows) is skipped: zero updates,
-      everything else kept and ``surgery_info(state).skipped_steps`` incremented. An inner optimiser
-      that overflows by itself is seen by the look-ahead only.
+      everything else kept and ``surgery_info(state).skipped_steps`` incremented. So is one whose gradient
+      has a leaf that adds up to more than float32 holds. An inner optimiser that overflows by itself is
+      seen by the look-ahead only.
 
       ``optax.MultiSteps`` around this sees the last mini-batch only: for a batch that is too large
       use `accumulated`. ``optax.apply_if_finite`` and other wrappers that inspect ``updates`` need a pytree
