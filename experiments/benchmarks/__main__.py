@@ -11,7 +11,7 @@ from experiments.shared.report import note_session, read_origin, start_run, tabl
 from experiments.shared.terminal import progress_bar
 
 WHOLE_RUNS = ("tiny MLP", "MLP", "CNN", "CNN, matmuls")
-ROUNDS, SMOKE_ROUNDS = 15, 3
+ROUNDS, SMOKE_ROUNDS = 11, 3
 
 
 @dataclasses.dataclass(frozen=True)

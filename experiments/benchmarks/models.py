@@ -236,9 +236,9 @@ TINY_LLAMA = Config(
 MODELS: dict[str, Callable[[], Model]] = {
     "tiny MLP": lambda: mlp((20, 32, 2), 32, 200),
     "MLP": lambda: mlp((784, 1024, 1024, 10), 64, 10),
-    "CNN": lambda: cnn(False, 16, 4),
-    "CNN, matmuls": lambda: cnn(True, 16, 4),
-    "Llama": lambda: decoder(LLAMA, False, 4, 128, 3),
-    "Llama, LoRA": lambda: decoder(LLAMA, True, 4, 128, 3),
+    "CNN": lambda: cnn(False, 16, 2),
+    "CNN, matmuls": lambda: cnn(True, 16, 2),
+    "Llama": lambda: decoder(LLAMA, False, 2, 128, 2),
+    "Llama, LoRA": lambda: decoder(LLAMA, True, 2, 128, 2),
 }
 SMOKE: dict[str, Callable[[], Model]] = {"tiny MLP": lambda: mlp((20, 32, 2), 32, 20)}
