@@ -43,6 +43,7 @@ class Model(NamedTuple):
       steps: so many make a block that is timed.
       kind: which function of `torch_models` computes the same.
       heads: of a decoder, those of queries, and those of keys and values.
+      is_slow_to_compile: whether it is measured in the most important rows alone.
     """
 
     init: Callable[[], Parts]
@@ -52,6 +53,7 @@ class Model(NamedTuple):
     steps: int
     kind: str
     heads: tuple[int, int] = (1, 1)
+    is_slow_to_compile: bool = False
 
 
 INNER: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -181,7 +183,7 @@ def cnn(
     init = jax.jit(lambda: Parts(net.init(jax.random.key(0), jnp.zeros((1, *shape)))["params"], {}))
     outputs = lambda trained, frozen, x: jnp.asarray(net.apply({"params": trained}, x))
     batch = {name: rows(key, batch_size, shape, 10) for key, name in enumerate(("forget", "retain"))}
-    return Model(init, outputs, batch, "sgd", steps, "cnn")
+    return Model(init, outputs, batch, "sgd", steps, "cnn", is_slow_to_compile=True)
 
 
 RANK, SCALE = 8, 2.0

@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.benchmarks import peers
 from experiments.benchmarks.models import Model, count
-from experiments.benchmarks.steps import BUDGET, FLOOR, LAGGED, LOOKAHEAD, steps_of
+from experiments.benchmarks.steps import BUDGET, EXACT, FLOOR, LAGGED, LOOKAHEAD, steps_of
 from experiments.benchmarks.timing import (
     block_of_calls,
     block_of_scan,
@@ -20,6 +20,9 @@ from experiments.shared.records import Record
 SCANNED = (FLOOR, BUDGET, LAGGED, LOOKAHEAD)
 """The rows that are also run as one call of many steps."""
 
+FEW, FEW_SCANNED = (FLOOR, BUDGET, LAGGED, LOOKAHEAD, EXACT), (FLOOR, LAGGED)
+"""Of a model that is slow to compile."""
+
 Report = Callable[[str, float], None]
 
 
@@ -31,14 +34,16 @@ def measure(model: Model, rounds: int, report: Report) -> Record:
     trained, frozen = model.init()
     batch, inputs = {"frozen": frozen, **model.batch}, (frozen, stacked(model))
     costs, blocks = {}, {}
-    rows = steps_of(model)
-    programs = len(rows) + len(SCANNED)
+    rows, scans = steps_of(model), SCANNED
+    if model.is_slow_to_compile:
+        rows, scans = {name: rows[name] for name in FEW}, FEW_SCANNED
+    programs = len(rows) + len(scans)
     for name, step in rows.items():
         program = compiled(step.step, start(step, trained), batch)
         costs[name] = program.costs
         blocks[f"calls: {name}"] = block_of_calls(program, start(step, trained), batch)
         report(f"compiling {name}", 0.5 / programs)
-        if name in SCANNED:
+        if name in scans:
             many = compiled(scanned(step), start(step, trained), inputs)
             blocks[f"scan: {name}"] = block_of_scan(many, start(step, trained), inputs)
             report(f"compiling {name}, many steps", 0.5 / programs)
