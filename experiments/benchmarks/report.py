@@ -209,7 +209,8 @@ def exponent_text(points: Frame, column: str) -> str:
     found = points[points[column].notna()] if column in points else points[:0]
     if len(found) < 2:
         return "-"
-    return f"{growth.exponent(list(found['value']), list(found[column])):.2f}"
+    # The sum turns -0.0 into 0.0.
+    return f"{round(growth.exponent(list(found['value']), list(found[column])), 2) + 0.0:.2f}"
 
 
 def plot_times(path: pathlib.Path, rows: Frame) -> None:
