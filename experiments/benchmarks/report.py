@@ -227,7 +227,7 @@ def plot_times(path: pathlib.Path, rows: Frame) -> None:
         axis.set_xscale("log")
         plain_numbers(axis.xaxis)
         axis.invert_yaxis()
-        axis.set(title=name, xlabel="time of a step / linear scalarisation in JAX")
+        axis.set(title=name, xlabel="time / linear scalarisation in JAX")
     save(figure, path)
 
 

@@ -182,6 +182,7 @@ def test_without_pytorch_the_page_says_what_is_missing(monkeypatch):
     assert peers.blocks_of(SMALL["mlp"]()) == {}
 
 
+@pytest.mark.slow
 def test_a_run_of_unlearn_beside_its_bare_steps():
     parts = []
     found = whole_runs.measure(mlp((4, 2), 4, 3), 2, lambda what, part: parts.append(part))
