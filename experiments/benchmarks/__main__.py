@@ -6,7 +6,7 @@ import pathlib
 from experiments.benchmarks import growth, models, peers, report, study, whole_runs
 from experiments.benchmarks.timing import on_few_cores
 from experiments.shared import command
-from experiments.shared.records import open_records
+from experiments.shared.records import of_kind, open_records
 from experiments.shared.report import note_session, read_origin, start_run, tables_of
 from experiments.shared.terminal import progress_bar
 
@@ -45,6 +45,8 @@ def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
         amount = 8 * len(made) + len(points) + 2 * len(runs)
         with open_records(path / "records.jsonl") as records, progress_bar(console, amount) as progress:
             note_session(path)
+            for kind, size in {"model": 8, "run": 2, "growth": 1}.items():
+                progress("measured before", size * len(of_kind(records.by_key, kind)))
             for name, make in made.items():
                 show = lambda what, part, name=name: progress(f"{name}: {what}", 8 * part)
                 records.get(("model", name), lambda make=make, show=show: study.measure(make(), rounds, show))
@@ -54,8 +56,9 @@ def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
                 records.get(("run", name), run)
             for name, value in points:
                 point = lambda name=name, value=value: growth.measure(axes[name], value, max(3, rounds // 3))
-                records.get(("growth", name, value), point)
-                progress(f"{value:g} {name}", 1)
+                if ("growth", name, value) not in records.by_key:
+                    records.get(("growth", name, value), point)
+                    progress(f"{value:g} {name}", 1)
         sections = report.write_report(path, records.by_key, read_origin(path))
         console.print(sections[0].parts[0], highlight=False)
         console.print(tables_of(sections[0])[0].to_markdown(), highlight=False)
