@@ -101,9 +101,14 @@ def implicit_step(surgery, tx, losses_fn):
     return step
 
 
+def compile_step(step, *args, donate=(0, 1)):
+    """A step that, as in training, takes its arguments over, compiled as users have it."""
+    return jax.jit(step, donate_argnums=donate).lower(*args).compile(compiler_options=AS_USERS)
+
+
 def cost(step, *args, donate=(0, 1)):
-    """(FLOPs, bytes of temporaries) of a step that, as in training, takes its arguments over."""
-    compiled = jax.jit(step, donate_argnums=donate).lower(*args).compile(compiler_options=AS_USERS)
+    """(FLOPs, bytes of temporaries) of such a step."""
+    compiled = compile_step(step, *args, donate=donate)
     analysis = compiled.cost_analysis()
     return analysis["flops"], compiled.memory_analysis().temp_size_in_bytes
 
