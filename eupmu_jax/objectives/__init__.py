@@ -8,7 +8,11 @@ an example of which nothing counts is NaN, not zero: leave it out with `masked_m
 float32 or wider, and in nats.
 """
 
-from eupmu_jax.objectives.diffusion import noise_prediction_redirect
+from eupmu_jax.objectives.diffusion import (
+    denoising_rise,
+    noise_prediction_redirect,
+    velocity_prediction_redirect,
+)
 from eupmu_jax.objectives.labels import (
     cross_entropy,
     gradient_ascent,
@@ -22,6 +26,7 @@ from eupmu_jax.objectives.masks import masked_mean
 
 __all__ = [
     "cross_entropy",
+    "denoising_rise",
     "gradient_ascent",
     "kl_to_reference",
     "kl_to_uniform",
@@ -31,5 +36,6 @@ __all__ = [
     "sequence_log_probability",
     "simnpo",
     "unlikelihood",
+    "velocity_prediction_redirect",
     "wrong_labels",
 ]
