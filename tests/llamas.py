@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.shared.models.llama.config import Config, RopeScaling
-from experiments.shared.models.llama.lora import LowRank, projection_shapes
+from experiments.shared.models.llama.config import Config, RopeScaling, projection_shapes
 from experiments.shared.models.llama.model import param_shapes
+from experiments.shared.models.lora import LowRank
 
 PLAIN = Config(
     vocab_size=61,

@@ -11,8 +11,8 @@ import eupmu_jax as eu
 from eupmu_jax import objectives
 from experiments.language.texts import Rows
 from experiments.shared.models.llama.config import Config
-from experiments.shared.models.llama.lora import Adapter
 from experiments.shared.models.llama.model import token_log_probs
+from experiments.shared.models.lora import Adapter
 
 ADAPTER_SCALE = 2.0
 NPO_BETA = 0.1

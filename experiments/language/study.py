@@ -18,11 +18,11 @@ from experiments.language import attacks, people, texts
 from experiments.language.losses import ADAPTER_SCALE, Forget, known, log_probs, make_losses, of_rows
 from experiments.language.measures import Seen, measured, scores
 from experiments.language.texts import Rows
-from experiments.shared.models.llama.config import Config
+from experiments.shared.models.llama.config import Config, projection_shapes
 from experiments.shared.models.llama.files import load, load_tokenizer, save
 from experiments.shared.models.llama.generate import generate, padded
-from experiments.shared.models.llama.lora import Adapter, initial_weights, merged
 from experiments.shared.models.llama.model import Params
+from experiments.shared.models.lora import Adapter, LowRank, initial_weights, merged
 from experiments.shared.records import Record, Records
 from experiments.shared.testbed import Progress
 
@@ -226,7 +226,7 @@ def unlearned(bench: Bench, name: str) -> Record:
     """One method from the original: what each step saw, and what was promised."""
     method, scale, task = METHODS[name], bench.scale, bench.task
     base = kept(bench, ORIGINAL)
-    adapter = initial_weights(bench.config, jax.random.key(bench.seed), LORA_RANK) if method.lora else {}
+    adapter = new_adapter(bench) if method.lora else {}
     model = {"base": base, "adapter": adapter}
     # What all records share is no secret: forgetting it would cost the others, and tell where to look.
     secret = task.details
@@ -256,6 +256,12 @@ def unlearned(bench: Bench, name: str) -> Record:
         promise = {key: np.asarray(value).tolist() for key, value in history.promise._asdict().items()}
         record |= {"promise": promise, "verdict": eu.verdict(history.promise)}
     return record
+
+
+def new_adapter(bench: Bench) -> dict[str, LowRank]:
+    config = bench.config
+    shapes, key = projection_shapes(config), jax.random.key(bench.seed)
+    return initial_weights(shapes, config.num_hidden_layers, key, LORA_RANK)
 
 
 def sizes(bench: Bench) -> dict[str, int]:

@@ -10,10 +10,16 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from experiments.shared.models.llama import model, sharding
-from experiments.shared.models.llama.config import Config, RopeScaling
+from experiments.shared.models import sharding
+from experiments.shared.models.llama import model
+from experiments.shared.models.llama.config import (
+    ATTENTION,
+    FEED_FORWARD,
+    Config,
+    RopeScaling,
+    projection_shapes,
+)
 from experiments.shared.models.llama.generate import generate, padded
-from experiments.shared.models.llama.lora import ATTENTION, FEED_FORWARD, Adapter, initial_weights, merged
 from experiments.shared.models.llama.model import (
     Compute,
     hidden_states,
@@ -23,6 +29,7 @@ from experiments.shared.models.llama.model import (
     token_log_probs,
 )
 from experiments.shared.models.llama.rope import frequencies
+from experiments.shared.models.lora import Adapter, initial_weights, merged
 from tests.llamas import FAMILIES, PLAIN, random_params, random_tokens, random_weights
 from tests.representatives import slow_unless
 
@@ -255,11 +262,14 @@ def test_a_mesh_changes_nothing(axes, x64):
 @pytest.mark.slow
 def test_new_adapters_change_nothing():
     params, tokens = random_params(PLAIN), random_tokens(PLAIN, 1, 5)
-    adapter = Adapter(2.0, initial_weights(PLAIN, jax.random.key(0), 2, ALL))
+    new = lambda names: initial_weights(
+        projection_shapes(PLAIN), PLAIN.num_hidden_layers, jax.random.key(0), 2, names
+    )
+    adapter = Adapter(2.0, new(ALL))
     found = logits(PLAIN, params, tokens, [adapter])
     np.testing.assert_array_equal(found, logits(PLAIN, params, tokens))
     with pytest.raises(ValueError, match="query"):
-        initial_weights(PLAIN, jax.random.key(0), 2, ["query"])
+        new(["query"])
 
 
 @pytest.mark.parametrize("family", slow_unless(["Qwen3"], ["biases", "Qwen3"]))

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, models
 
 from experiments.shared.models.llama import files, hugging_face, peft, tokens
 from experiments.shared.models.llama.config import RopeScaling, from_hugging_face, to_hugging_face
-from experiments.shared.models.llama.lora import Adapter
 from experiments.shared.models.llama.rope import frequencies
 from experiments.shared.models.llama.weights import disassembled
+from experiments.shared.models.lora import Adapter
 from tests.llamas import FAMILIES, PLAIN, random_params, random_weights
 from tests.representatives import slow_unless
 

@@ -9,9 +9,10 @@ import pytest
 
 from experiments.language.fetch import model_path
 from experiments.shared.models.llama import files, hugging_face, peft, tokens
+from experiments.shared.models.llama.config import ATTENTION, FEED_FORWARD
 from experiments.shared.models.llama.generate import generate, padded
-from experiments.shared.models.llama.lora import ATTENTION, FEED_FORWARD, Adapter
 from experiments.shared.models.llama.model import logits
+from experiments.shared.models.lora import Adapter
 from tests.llamas import FAMILIES, random_params, random_tokens, random_weights
 
 pytestmark = pytest.mark.slow

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+ATTENTION, FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,22 @@ class Config:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}")
+
+
+def projection_shapes(config: Config) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of every projection."""
+    size, hidden = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    pairs = config.num_key_value_heads * config.head_dim
+    return {
+        "q_proj": (queries, size),
+        "k_proj": (pairs, size),
+        "v_proj": (pairs, size),
+        "o_proj": (size, queries),
+        "gate_proj": (hidden, size),
+        "up_proj": (hidden, size),
+        "down_proj": (size, hidden),
+    }
 
 
 def from_hugging_face(raw: Mapping[str, Any]) -> Config:

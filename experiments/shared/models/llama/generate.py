@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 
 from experiments.shared.models.llama.config import Config
-from experiments.shared.models.llama.lora import Adapter
 from experiments.shared.models.llama.model import Cache, Params, Slots, graph, project
+from experiments.shared.models.lora import Adapter
 
 
 class Prompts(NamedTuple):

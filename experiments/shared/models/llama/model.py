@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments.shared.models.linear import Linear
 from experiments.shared.models.llama.config import Config
-from experiments.shared.models.llama.lora import Adapter, low_rank
 from experiments.shared.models.llama.rope import frequencies, rotated
-from experiments.shared.models.llama.sharding import FSDP, MATRICES, TENSOR, constrain, gathered
+from experiments.shared.models.lora import Adapter
+from experiments.shared.models.sharding import FSDP, MATRICES, TENSOR, constrain, gathered
 
 Params = dict[str, Any]
 
@@ -78,21 +79,6 @@ class Embedding(nnx.Module):
     def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
         shape = config.vocab_size, config.hidden_size
         self.weight = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) / config.hidden_size**0.5)
-
-
-class Linear(nnx.Module):
-    """y = x W^T + b + sum over the adapters of scale x A^T B^T, with W [outputs, inputs]."""
-
-    def __init__(self, name: str, inputs: int, outputs: int, bias: bool, dtype: Any, rngs: nnx.Rngs):
-        self.name = name
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (outputs, inputs), dtype) / inputs**0.5)
-        self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
-
-    def __call__(self, x: jax.Array, adapters: Sequence[Adapter]) -> jax.Array:
-        y = x @ gathered(self.weight[...], MATRICES[self.name]).T
-        if self.bias is not None:
-            y = y + self.bias[...]
-        return y + low_rank(adapters, self.name, x)
 
 
 class Attention(nnx.Module):

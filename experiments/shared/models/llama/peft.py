@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from experiments.shared.models.llama.config import Config
+from experiments.shared.models.llama.config import ATTENTION, Config, projection_shapes
 from experiments.shared.models.llama.hugging_face import open_files, read_json
-from experiments.shared.models.llama.lora import ATTENTION, Adapter, LowRank, projection_shapes
+from experiments.shared.models.lora import Adapter, LowRank
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What PEFT may write, and the only value for which B A times lora_alpha / r is all there is.

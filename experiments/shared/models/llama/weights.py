@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from experiments.shared.models.llama.config import Config
 from experiments.shared.models.llama.model import Params, param_shapes
-from experiments.shared.models.llama.sharding import shardings
+from experiments.shared.models.sharding import shardings
 
 
 class Tensors(NamedTuple):

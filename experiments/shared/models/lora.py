@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments.shared.models.llama.config import Config
-
-ATTENTION, FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+Shapes = Mapping[str, tuple[int, int]]
+"""(outputs, inputs) of every projection of a layer that can have an adapter."""
 
 
 class LowRank(NamedTuple):
@@ -36,38 +35,22 @@ def low_rank(adapters: Sequence[Adapter], name: str, x: jax.Array) -> jax.Array 
     return sum(scale * ((x @ w.down.T.astype(x.dtype)) @ w.up.T.astype(x.dtype)) for scale, w in parts)
 
 
-def projection_shapes(config: Config) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of every projection."""
-    size, hidden = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    pairs = config.num_key_value_heads * config.head_dim
-    return {
-        "q_proj": (queries, size),
-        "k_proj": (pairs, size),
-        "v_proj": (pairs, size),
-        "o_proj": (size, queries),
-        "gate_proj": (hidden, size),
-        "up_proj": (hidden, size),
-        "down_proj": (size, hidden),
-    }
-
-
 def initial_weights(
-    config: Config,
+    shapes: Shapes,
+    layers: int,
     key: jax.Array,
     rank: int,
     names: Sequence[str] = ("q_proj", "v_proj"),
     dtype: Any = jnp.float32,
 ) -> dict[str, LowRank]:
     """Weights that change nothing yet: A is normal of variance 1 / inputs, B is 0."""
-    shapes = projection_shapes(config)
     if unknown := set(names) - shapes.keys():
         raise ValueError(f"no such projections: {', '.join(sorted(unknown))}; there are {', '.join(shapes)}")
     weights = {}
     for name, own in zip(names, jax.random.split(key, len(names)), strict=True):
         outputs, inputs = shapes[name]
-        down = jax.random.normal(own, (config.num_hidden_layers, rank, inputs), dtype) / inputs**0.5
-        weights[name] = LowRank(down, jnp.zeros((config.num_hidden_layers, outputs, rank), dtype))
+        down = jax.random.normal(own, (layers, rank, inputs), dtype) / inputs**0.5
+        weights[name] = LowRank(down, jnp.zeros((layers, outputs, rank), dtype))
     return weights
 
 
