@@ -1,0 +1,77 @@
+"""The methods that are compared, all with Adam, at the same number of steps and the same rate."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+
+import eupmu_jax as eu
+from eupmu_jax.method.constraints import Constraint
+from experiments.diffusion.losses import AWAY, TO_ANOTHER, TO_NOTHING, Redirect
+from experiments.shared.methods.exact_surgery import exact_surgery
+from experiments.shared.methods.method import Method
+from experiments.shared.methods.salun import salun
+
+BUDGET_SHARE = 0.03
+"""How much the denoising loss of what is kept may rise, of what it was."""
+
+
+class Unlearning(NamedTuple):
+    """What `eu.unlearn` is given.
+
+    Attributes:
+      constraint: from the original's loss of what is retained, or those of each class.
+      redirect: what is predicted in the concept's place.
+      each_class: whether every class that is kept is a utility.
+      multiplier: the weight of the retain losses that it starts from, in all.
+    """
+
+    constraint: Callable[[np.ndarray], Constraint]
+    redirect: Redirect = TO_ANOTHER
+    each_class: bool = False
+    multiplier: float = 1.0
+
+
+class Peer(NamedTuple):
+    """A method of others, that takes gradients apart or masks them.
+
+    Attributes:
+      make: (losses, optimizer, **knobs) -> Method.
+      knobs: its settings.
+    """
+
+    make: Callable[..., Method]
+    knobs: Mapping[str, float]
+
+
+def budget(losses: np.ndarray) -> Constraint:
+    return eu.Budget(BUDGET_SHARE * losses)
+
+
+def constant(losses: np.ndarray) -> Constraint:
+    """Without a dual step the multiplier stays at what it starts from."""
+    return eu.Tolerance(0.0, dual_optimizer=optax.set_to_zero())
+
+
+HEADLINE = "EUPMU budget"
+METHODS: dict[str, Unlearning | Peer] = {
+    HEADLINE: Unlearning(budget),
+    "EUPMU budget, each class": Unlearning(budget, each_class=True),
+    "EUPMU lagged": Unlearning(lambda losses: eu.Tolerance(0.0)),
+    "EUPMU look-ahead": Unlearning(lambda losses: eu.Tolerance(0.0, measure="lookahead")),
+    "constant weight": Unlearning(constant),
+    "redirect alone": Unlearning(constant, multiplier=0.0),
+    "SalUn": Peer(salun, {"weight": 1.0}),
+    "exact surgery": Peer(exact_surgery, {"demand": 0.0}),
+    "ESD": Unlearning(constant, redirect=AWAY, multiplier=0.0),
+    "EUPMU budget, to nothing": Unlearning(budget, redirect=TO_NOTHING),
+}
+
+
+def family(name: str) -> str:
+    return "EUPMU" if name.startswith("EUPMU") else "other"
+
+
+def adam(rate: Any) -> optax.GradientTransformation:
+    return optax.adam(rate)

@@ -1,0 +1,207 @@
+"""The tables and the pictures of the study."""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from experiments.diffusion import attacks, study
+from experiments.diffusion.methods import BUDGET_SHARE, HEADLINE
+from experiments.diffusion.study import JUDGE, SHOWN
+from experiments.diffusion.tasks import GUIDANCE, Task
+from experiments.shared.records import RecordsByKey
+from experiments.shared.report import ORIGINAL, RETRAIN, Frame, Origin, Picture, Section, grid, save
+from experiments.shared.report import write_report as write_sections
+
+
+def models_of(task: Task, records: RecordsByKey) -> list[str]:
+    """The models that were looked at, in the order of the tables."""
+    return [name for name in (ORIGINAL, RETRAIN, *study.methods_of(task)) if ("look", name) in records]
+
+
+def rise(records: RecordsByKey, record: dict, part: str) -> str:
+    """How much the denoising loss of what is kept rose over the original's, of what it was."""
+    before = records["look", ORIGINAL]["losses"][f"kept, {part}"]
+    return f"{record['losses'][f'kept, {part}'] / before - 1:+.1%}"
+
+
+def main_table(task: Task, records: RecordsByKey) -> Frame:
+    concept, lines = task.concepts[0], {}
+    names = task.names[concept.attribute]
+    for name in models_of(task, records):
+        of = records["look", name]
+        run = records.get(("unlearn", name), records.get(("train", name), {}))
+        lines[name] = {
+            f"still {names[concept.value]}": f"{of['still'][names[concept.value]]:.3f}",
+            f"{names[concept.instead]} in its place": f"{of['shares'][concept.instead]:.3f}",
+            f"{names[concept.value]} in samples of nothing": f"{of['nothing']:.3f}",
+            "others right": f"{of['right']:.3f}",
+            "feature distance": f"{of['distance']:.1f}",
+            "loss of the kept": rise(records, of, "train"),
+            "held out": rise(records, of, "held out"),
+            "seconds": f"{run['seconds']:.0f}",
+        }
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def promise_table(task: Task, records: RecordsByKey) -> Frame:
+    """What the runs under a budget measured themselves."""
+    lines = {}
+    for kind, name in [key for key in records if key[0] in ("unlearn", "adapter")]:
+        if promise := records[kind, name].get("promise"):
+            worst = int(np.argmax(np.ravel(promise["share"])))
+            of = lambda key, promise=promise, worst=worst: np.ravel(promise[key])[worst]
+            lines[name if kind == "unlearn" else f"rank {study.RANK}, {name}"] = {
+                "budgets": np.size(promise["share"]),
+                "share spent, of the worst": f"{of('share'):.3f}",
+                "repair steps": promise["repair_steps"],
+                "kept": "yes" if promise["holds"] else "no",
+                "held out (95% bound), in budgets": (
+                    f"{of('held_out_rise') / of('budget'):+.2f} ({of('held_out_bound') / of('budget'):+.2f})"
+                ),
+            }
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def curve(values: Sequence[float]) -> str:
+    return " → ".join(f"{value:.2f}" for value in values)
+
+
+def attack_table(task: Task, records: RecordsByKey) -> Frame:
+    """The share of samples in which the concept is seen, along each attack."""
+    lines = {}
+    for name in models_of(task, records):
+        of = lambda kind, name=name: records[kind, name]["still"]
+        lines[name] = {
+            "relearning": curve(of("relearn")),
+            "another embedding": curve(of("search")),
+            f"guidance {', '.join(f'{guidance:g}' for guidance in attacks.GUIDANCES)}": curve(of("guide")),
+            f"real, noised to {', '.join(f'{start:g}' for start in attacks.STARTS)}": curve(of("redraw")),
+        }
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def adapter_table(task: Task, records: RecordsByKey) -> Frame:
+    lines = {}
+    stacks = [study.stack_name(names, scale) for names, scale in study.stacks_of(task)]
+    for name, of in [(ORIGINAL, records["look", ORIGINAL])] + [(s, records["stack", s]) for s in stacks]:
+        lines[name] = {
+            **{f"still {concept}": f"{share:.3f}" for concept, share in of["still"].items()},
+            "others right": f"{of['right of none']:.3f}",
+            "feature distance": f"{of['distance']:.1f}",
+        }
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def plot_runs(path: pathlib.Path, task: Task, records: RecordsByKey) -> None:
+    """The forget loss, the rise of the retain loss in budgets, and the multiplier, step by step."""
+    figure, axes = grid(3, 3, 4.5, 3.2)
+    limit = BUDGET_SHARE * records["look", ORIGINAL]["losses"]["kept, train"]
+    for name in study.methods_of(task):
+        record = records["unlearn", name]
+        style = {"linewidth": 2.5 if name == HEADLINE else 1.2, "label": name}
+        mean = lambda key, record=record: np.asarray(record[key], float).reshape(len(record[key]), -1)
+        axes[0].plot(mean("forget_loss").mean(1), **style)
+        axes[2].plot(mean("multiplier").sum(1), **style)
+        # Of others it is the loss itself, whose noise hides its rise.
+        if name not in study.peers_of(task):
+            axes[1].plot(mean("retain_loss").mean(1) / limit, **style)
+    axes[1].axhline(1, color="black", linewidth=0.8)
+    axes[0].set(title="forget loss", xlabel="step", yscale="log")
+    axes[1].set(title="rise of the retain loss, in budgets, of a batch", xlabel="step")
+    axes[2].set(title="multiplier, of all utilities", xlabel="step", yscale="symlog")
+    save(figure, path, legend=4)
+
+
+def samples(path: pathlib.Path, name: str) -> dict[str, np.ndarray]:
+    return dict(np.load(path / "samples" / study.file_name(name, ".npz")))
+
+
+def tiled(images: np.ndarray, columns: int) -> np.ndarray:
+    """Images [N, H, W, C] as one, in rows of so many, a pixel of white between them; [H', W', C]."""
+    images = np.pad(images, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)
+    amount, height, width, channels = images.shape
+    tiles = images.reshape(amount // columns, columns, height, width, channels)
+    return tiles.transpose(0, 2, 1, 3, 4).reshape(-1, columns * width, channels)
+
+
+def show(axis, images: np.ndarray, title: str, columns: int = SHOWN) -> None:
+    whole = tiled(images, columns)
+    axis.imshow(whole.squeeze(-1) if whole.shape[-1] == 1 else whole, cmap="gray", interpolation="nearest")
+    axis.set_title(title, fontsize=9)
+    axis.set_axis_off()
+
+
+def plot_concept(path: pathlib.Path, task: Task, records: RecordsByKey) -> None:
+    """Samples of the concept, of every model."""
+    names = models_of(task, records)
+    found = [samples(path, name)["gone"] for name in names]
+    figure, axes = grid(len(names), 3, 3.2, 0.3 + 3.2 * len(found[0]) / SHOWN**2)
+    for axis, name, images in zip(axes, names, found, strict=True):
+        show(axis, images, name)
+    save(figure, path / "concept.png")
+
+
+def plot_kept(path: pathlib.Path, task: Task, records: RecordsByKey) -> None:
+    """Samples of what is kept, of the model before, the headline method and the reference."""
+    names = [name for name in (ORIGINAL, HEADLINE, RETRAIN) if ("look", name) in records]
+    found = [samples(path, name)["others"] for name in names]
+    figure, axes = grid(len(names), 3, 3.2, 0.3 + 3.2 * len(found[0]) / SHOWN**2)
+    for axis, name, images in zip(axes, names, found, strict=True):
+        show(axis, images, name)
+    save(figure, path / "kept.png")
+
+
+def write_report(path: pathlib.Path, task: Task, records: RecordsByKey, origin: Origin) -> list[Section]:
+    """Writes everything that the records of a whole run tell; returns the sections of the report."""
+    concept = task.concepts[0]
+    names = task.names[concept.attribute]
+    plot_runs(path / "runs.png", task, records)
+    plot_concept(path, task, records)
+    plot_kept(path, task, records)
+    judged = records[(JUDGE,)]["right"]
+    sections = [
+        Section(
+            f"{names[concept.value]} becomes {names[concept.instead]}",
+            [
+                f"Shares of samples at guidance {GUIDANCE:g} in which a classifier sees what is said; it is "
+                f"right on {judged:.1%} of held-out pictures. The feature distance is Frechet's, of kept "
+                "samples to real pictures. Losses are the rise of the mean denoising loss over the original's, of "
+                "pictures without the concept at the same noise.",
+                main_table(task, records),
+                Picture("concept.png"),
+                Picture("kept.png"),
+            ],
+        ),
+        Section(
+            "Budgets",
+            [
+                f"A budget is {BUDGET_SHARE:.0%} of the original's denoising loss of what is kept. It is "
+                "measured by the run itself, at noise of its own.",
+                promise_table(task, records),
+                Picture("runs.png"),
+            ],
+        ),
+        Section(
+            "Attacks",
+            [
+                "The share of samples with the concept. Relearning: fine-tuning on "
+                f"{attacks.RELEARNED_FROM} of its pictures, looked at four times. Another embedding: what "
+                "denoises all of its pictures best, searched for from its label's own.",
+                attack_table(task, records),
+            ],
+        ),
+        Section(
+            "Adapters",
+            [
+                f"Of rank {study.RANK}, each trained alone under a budget, then added to the original "
+                "together.",
+                adapter_table(task, records),
+            ],
+        ),
+    ]  # fmt: skip
+    del origin["config"]["runs_dir"]  # a place on this machine, and no part of the results
+    origin["config"].pop("data_dir", None)
+    write_sections(path, f"{task.title}: forgetting {names[concept.value]}", sections, origin)
+    return sections
