@@ -167,8 +167,8 @@ def write_report(path: pathlib.Path, task: Task, records: RecordsByKey, origin: 
             [
                 f"Shares of samples at guidance {GUIDANCE:g} in which a classifier sees what is said; it is "
                 f"right on {judged:.1%} of held-out pictures. The feature distance is Frechet's, of kept "
-                "samples to real pictures. Losses are the rise of the mean denoising loss over the original's, of "
-                "pictures without the concept at the same noise.",
+                "samples to real pictures. Losses are the rise of the mean denoising loss over that of the "
+                "original at the same noise, of pictures without the concept.",
                 main_table(task, records),
                 Picture("concept.png"),
                 Picture("kept.png"),

@@ -322,7 +322,7 @@ def relearned(bench: Bench, name: str, params: Params) -> Record:
 
 
 def searched(bench: Bench, name: str, params: Params) -> Record:
-    """Samples of the vector with which the model denoises the concept's pictures best, from its label's own on."""
+    """Samples of the vector with which the concept's pictures are denoised best, from its label's own on."""
     pictures, scale = concept_pictures(bench), bench.scale
     steps = attacks.steps_of(pictures, scale.attack_steps, scale.batch_size, bench.seed)
     along = bench.attacks.search(params, asked_for_concept(bench, params, 1)[0], steps)

@@ -106,8 +106,8 @@ def digits(smoke: bool, data_dir: pathlib.Path | None) -> Task:
     if smoke:
         shape = dit.Config(size=8, channels=1, patch=4, width=16, layers=2, heads=2, labels=(10,))
         scale = scale._replace(
-            recipe=Recipe(100, memory=0.9), judge_steps=100, steps=10, adapter_steps=5, samples=30, attack_steps=4,
-            methods=("EUPMU budget", "SalUn"),
+            recipe=Recipe(100, memory=0.9), judge_steps=100, steps=10, adapter_steps=5, samples=30,
+            attack_steps=4, methods=("EUPMU budget", "SalUn"),
         )  # fmt: skip
     names = (tuple("0123456789"),)
     concepts = Concept(0, 8, 3), Concept(0, 1, 7)

@@ -5,17 +5,15 @@ from typing import Any
 
 import flax.traverse_util
 import jax.numpy as jnp
-import numpy as np
-from safetensors.numpy import load, save
+from safetensors.flax import load, save
 
 from eupmu_jax.run.files import write_whole
 
 
 def save_params(path: pathlib.Path, params: dict[str, Any]) -> None:
     flat = flax.traverse_util.flatten_dict(params, sep=".")
-    write_whole(path, save({name: np.asarray(leaf, order="C") for name, leaf in flat.items()}))
+    write_whole(path, save({name: jnp.asarray(leaf) for name, leaf in flat.items()}))
 
 
 def load_params(path: pathlib.Path) -> dict[str, Any]:
-    flat = {name: jnp.asarray(leaf) for name, leaf in load(path.read_bytes()).items()}
-    return flax.traverse_util.unflatten_dict(flat, sep=".")
+    return flax.traverse_util.unflatten_dict(load(path.read_bytes()), sep=".")

@@ -21,7 +21,7 @@ MATRICES = {
 
 def spec(path: str) -> P:
     """The PartitionSpec of a parameter, `layers.mlp.up_proj.weight`; small ones are replicated."""
-    *parents, module, kind = path.split(".")
+    *parents, module, kind = ["", *path.split(".")]
     matrix = MATRICES.get(module)
     if matrix is None or kind not in ("weight", "bias"):
         return P()
