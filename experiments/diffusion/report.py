@@ -40,7 +40,7 @@ def main_table(task: Task, records: RecordsByKey) -> Frame:
             "feature distance": f"{of['distance']:.1f}",
             "loss of the kept": rise(records, of, "train"),
             "held out": rise(records, of, "held out"),
-            "seconds": f"{run['seconds']:.0f}",
+            "CPU-seconds": f"{run['cpu_seconds']:.0f}",
         }
     return pd.DataFrame.from_dict(lines, orient="index")
 

@@ -39,7 +39,8 @@ class Scale(NamedTuple):
       steps, rate, batch_size: of every method, Adam's.
       adapter_steps, adapter_rate: likewise of each low-rank adapter.
       samples: how many are drawn for the concept; of the kept labels three times as many.
-      attack_steps: of relearning and of the search for an embedding.
+      relearning_steps, search_steps: of fine-tuning on a few pictures, and of the search for a vector; both
+        are looked at four times.
       relearning_rate, search_rate: Adam's of these.
       methods: those that run, by name; None for all.
     """
@@ -52,8 +53,9 @@ class Scale(NamedTuple):
     adapter_steps: int
     adapter_rate: float
     samples: int
-    attack_steps: int
+    relearning_steps: int
     relearning_rate: float
+    search_steps: int
     search_rate: float
     methods: tuple[str, ...] | None = None
 
@@ -100,14 +102,15 @@ def digits(smoke: bool, data_dir: pathlib.Path | None) -> Task:
     train, held_out = map(pictures_of, images.load("digits", data_dir))
     scale = Scale(
         Recipe(1500), judge_steps=2000, steps=200, rate=5e-4, batch_size=64, adapter_steps=120,
-        adapter_rate=1e-2, samples=300, attack_steps=100, relearning_rate=5e-4, search_rate=3e-2,
+        adapter_rate=1e-2, samples=300, relearning_steps=20, relearning_rate=5e-4,
+        search_steps=200, search_rate=3e-2,
     )  # fmt: skip
     shape = dit.Config(size=8, channels=1, patch=2, width=64, layers=3, heads=4, labels=(10,))
     if smoke:
         shape = dit.Config(size=8, channels=1, patch=4, width=16, layers=2, heads=2, labels=(10,))
         scale = scale._replace(
             recipe=Recipe(100, memory=0.9), judge_steps=100, steps=10, adapter_steps=5, samples=30,
-            attack_steps=4, methods=("EUPMU budget", "SalUn"),
+            relearning_steps=4, search_steps=4, methods=("EUPMU budget", "SalUn"),
         )  # fmt: skip
     names = (tuple("0123456789"),)
     concepts = Concept(0, 8, 3), Concept(0, 1, 7)

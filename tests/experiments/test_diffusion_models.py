@@ -239,7 +239,10 @@ def test_the_clean_image_is_in_range():
 
 def test_times_are_one_in_each_part():
     times = schedule.stratified_times(jax.random.key(0), 50)
-    assert (np.floor(np.asarray(times) / schedule.LATEST * 50) == np.arange(50)).all()
+    parts = np.floor(np.asarray(times) / schedule.LATEST * 50)
+    assert sorted(parts) == list(range(50))
+    # Whoever looks at the first ones alone has seen all of the time.
+    assert 10 < parts[:12].mean() < 40
 
 
 # Samplers

@@ -56,5 +56,6 @@ def clean_of(kind: Prediction, predicted: jax.Array, x: jax.Array, t: jax.Array)
 
 
 def stratified_times(key: jax.Array, amount: int) -> jax.Array:
-    """So many t in (0, LATEST), one in each of as many equal parts, in that order."""
-    return LATEST * (jnp.arange(amount) + jax.random.uniform(key, (amount,))) / amount
+    """So many t in (0, LATEST), one in each of as many equal parts, in random order."""
+    part, within = jax.random.split(key)
+    return LATEST * (jax.random.permutation(part, amount) + jax.random.uniform(within, (amount,))) / amount
