@@ -6,7 +6,8 @@ import pathlib
 from typing import Any, Literal
 
 from experiments.diffusion import report, study
-from experiments.diffusion.tasks import TASKS
+from experiments.diffusion.bench import make_bench
+from experiments.diffusion.tasks import load_task
 from experiments.shared import command
 from experiments.shared.records import open_records
 from experiments.shared.report import note_session, read_origin, start_run, tables_of
@@ -25,7 +26,7 @@ class Config:
     safetensors; --smoke (a tiny network) under 2 min.
     """
 
-    task: Literal["digits"] = "digits"
+    task: Literal["digits", "fashion-mnist"] = "digits"
     """What is drawn."""
 
     smoke: bool = False
@@ -45,7 +46,7 @@ def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
     if config.smoke:
         # Nearly all of it is compiling, which takes a third of the time with these.
         os.environ.setdefault("XLA_FLAGS", FAST_COMPILING)
-    task = TASKS[config.task](config.smoke, config.data_dir)
+    task = load_task(config.task, config.smoke, config.data_dir)
     path = resume or start_run(config.runs_dir, "diffusion", config, config.task)
     with command.working_in(path) as console:
         with (
@@ -53,7 +54,7 @@ def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
             progress_bar(console, study.amount(task)) as progress,
         ):
             note_session(path)
-            study.run_all(study.make_bench(task, path, config.seed, progress), records)
+            study.run_all(make_bench(task, path, config.seed, progress), records)
         scale: dict[str, Any] = task.scale._asdict() | {"recipe": dataclasses.asdict(task.scale.recipe)}
         sections = report.write_report(path, task, records.by_key, read_origin(path) | {"scale": scale})
         for section in sections:

@@ -58,7 +58,7 @@ def make_judge(sizes: tuple[int, ...], shape: tuple[int, ...]) -> Judge:
     ends = np.cumsum(sizes)[:-1]
 
     def heads(params: Any, x: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-        logits, features = module.apply({"params": params}, x)
+        logits, features = map(jnp.asarray, module.apply({"params": params}, x))
         return jnp.split(logits, ends, -1), features
 
     def step(carry, key, pictures, tx):

@@ -59,7 +59,8 @@ def targets(
         network.embed(original, jnp.concatenate([*labels, retain.labels])),
     )
     *parts, kept = jnp.split(predicted, [len(forget.x) * (i + 1) for i in range(several)])
-    return sum(weight * part for (weight, _), part in zip(redirect.parts, parts, strict=True)), kept
+    weights = jnp.array([weight for weight, _ in redirect.parts])
+    return jnp.tensordot(weights, jnp.stack(parts), 1), kept
 
 
 def together(sets: Mapping[Any, Pictures] | Pictures) -> tuple[Pictures, list[int]]:

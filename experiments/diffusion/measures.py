@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.diffusion.judge import Judge, Seen, distance
+from experiments.diffusion.judge import Seen, distance
 from experiments.diffusion.tasks import GUIDANCE, Concept, Task
 from experiments.shared.models.diffusion.network import Network, Params
 from experiments.shared.models.diffusion.sampling import guided, partly_noised, sample
@@ -81,16 +81,6 @@ def make_drawer(network: Network, shape: tuple[int, ...]) -> Drawer:
     return Drawer(draw, redraw, jax.jit(network.embed), losses)
 
 
-class Jury(NamedTuple):
-    """The judge with its parameters, and the features of real pictures by what they are kept for."""
-
-    judge: Judge
-    params: Any
-
-    def look(self, images: np.ndarray) -> Seen:
-        return self.judge.look(self.params, images)
-
-
 def prompts(task: Task, concept: Concept, amount: int) -> tuple[np.ndarray, np.ndarray]:
     """Labels of the concept, so many, and of what is kept, three times as many; all equally often."""
     known = np.unique(task.train.labels, axis=0)
@@ -122,8 +112,15 @@ def right(seen: Seen, labels: np.ndarray, without: Sequence[Concept]) -> float:
     return float((seen.labels == labels).all(-1)[counts].mean())
 
 
-def drawn(task: Task, drawer: Drawer, jury: Jury, params: Params, amount: int, seed: int) -> dict[str, Any]:
-    """The images and scores of one model.
+def drawn(
+    task: Task,
+    drawer: Drawer,
+    look: Callable[[np.ndarray], Seen],
+    params: Params,
+    amount: int,
+    seed: int,
+) -> dict[str, Any]:
+    """The images and scores of one model; `look` is the judge's.
 
     Returns:
       "still": by name of each concept, the share of its samples in which the judge sees it; "shares" of the
@@ -135,7 +132,7 @@ def drawn(task: Task, drawer: Drawer, jury: Jury, params: Params, amount: int, s
     gone, kept = prompts(task, concept, amount)
     labels = np.concatenate([gone, kept, np.full_like(gone, NOTHING)])
     images = drawer.draw(params, drawer.embed(params, labels), seed)
-    seen, ends = jury.look(images), [len(gone), len(gone) + len(kept)]
+    seen, ends = look(images), [len(gone), len(gone) + len(kept)]
     of_gone, of_kept, of_nothing = (
         Seen(*parts) for parts in zip(*(np.split(part, ends) for part in seen), strict=True)
     )
@@ -144,7 +141,7 @@ def drawn(task: Task, drawer: Drawer, jury: Jury, params: Params, amount: int, s
     for one in task.concepts:
         rows = np.flatnonzero(one.asked_for(asked))
         of_concept[task.name(one)] = still(one, Seen(seen.labels[rows], seen.features[rows]))
-    real = jury.look(kept_pictures(task).x).features
+    real = look(kept_pictures(task).x).features
     return {
         "still": of_concept,
         "shares": shares(task, concept, of_gone),

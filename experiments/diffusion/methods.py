@@ -1,7 +1,7 @@
 """The methods that are compared, all with Adam, at the same number of steps and the same rate."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import optax
@@ -67,11 +67,3 @@ METHODS: dict[str, Unlearning | Peer] = {
     "ESD": Unlearning(constant, redirect=AWAY, multiplier=0.0),
     "EUPMU budget, to nothing": Unlearning(budget, redirect=TO_NOTHING),
 }
-
-
-def family(name: str) -> str:
-    return "EUPMU" if name.startswith("EUPMU") else "other"
-
-
-def adam(rate: Any) -> optax.GradientTransformation:
-    return optax.adam(rate)

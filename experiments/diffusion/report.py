@@ -7,9 +7,11 @@ import numpy as np
 import pandas as pd
 
 from experiments.diffusion import attacks, study
+from experiments.diffusion.bench import JUDGE, file_name
+from experiments.diffusion.looks import SHOWN
 from experiments.diffusion.methods import BUDGET_SHARE, HEADLINE
-from experiments.diffusion.study import JUDGE, SHOWN
 from experiments.diffusion.tasks import GUIDANCE, Task
+from experiments.diffusion.unlearning import RANK
 from experiments.shared.records import RecordsByKey
 from experiments.shared.report import ORIGINAL, RETRAIN, Frame, Origin, Picture, Section, grid, save
 from experiments.shared.report import write_report as write_sections
@@ -52,7 +54,7 @@ def promise_table(task: Task, records: RecordsByKey) -> Frame:
         if promise := records[kind, name].get("promise"):
             worst = int(np.argmax(np.ravel(promise["share"])))
             of = lambda key, promise=promise, worst=worst: np.ravel(promise[key])[worst]
-            lines[name if kind == "unlearn" else f"rank {study.RANK}, {name}"] = {
+            lines[name if kind == "unlearn" else f"rank {RANK}, {name}"] = {
                 "budgets": np.size(promise["share"]),
                 "share spent, of the worst": f"{of('share'):.3f}",
                 "repair steps": promise["repair_steps"],
@@ -115,7 +117,7 @@ def plot_runs(path: pathlib.Path, task: Task, records: RecordsByKey) -> None:
 
 
 def samples(path: pathlib.Path, name: str) -> dict[str, np.ndarray]:
-    return dict(np.load(path / "samples" / study.file_name(name, ".npz")))
+    return dict(np.load(path / "samples" / file_name(name, ".npz")))
 
 
 def tiled(images: np.ndarray, columns: int) -> np.ndarray:
@@ -195,7 +197,7 @@ def write_report(path: pathlib.Path, task: Task, records: RecordsByKey, origin: 
         Section(
             "Adapters",
             [
-                f"Of rank {study.RANK}, each trained alone under a budget, then added to the original "
+                f"Of rank {RANK}, each trained alone under a budget, then added to the original "
                 "together.",
                 adapter_table(task, records),
             ],

@@ -97,7 +97,21 @@ def pictures_of(examples: images.Examples) -> Pictures:
     return Pictures((examples.x / 127.5 - 1).astype(np.float32), examples.y[:, None].astype(np.int32))
 
 
-def digits(smoke: bool, data_dir: pathlib.Path | None) -> Task:
+def smaller(task: Task) -> Task:
+    """The same as a smoke test: a tiny network, few steps and two methods."""
+    size, channels = task.train.x.shape[1], task.train.x.shape[-1]
+    shape = dit.Config(
+        size=size, channels=channels, patch=size // 2, width=16, layers=2, heads=2, labels=task.sizes
+    )
+    scale = task.scale._replace(
+        recipe=Recipe(100, memory=0.9), judge_steps=100, steps=10, adapter_steps=5, samples=30,
+        relearning_steps=4, search_steps=4, methods=("EUPMU budget", "SalUn"),
+    )  # fmt: skip
+    train, held_out = task.train.taken(slice(1500)), task.held_out.taken(slice(400))
+    return task._replace(train=train, held_out=held_out, make=partial(dit.DiT, shape), scale=scale)
+
+
+def digits(data_dir: pathlib.Path | None) -> Task:
     """scikit-learn's digits, 8x8: the eights become threes, and in an adapter of its own the ones sevens."""
     train, held_out = map(pictures_of, images.load("digits", data_dir))
     scale = Scale(
@@ -106,16 +120,33 @@ def digits(smoke: bool, data_dir: pathlib.Path | None) -> Task:
         search_steps=200, search_rate=3e-2,
     )  # fmt: skip
     shape = dit.Config(size=8, channels=1, patch=2, width=64, layers=3, heads=4, labels=(10,))
-    if smoke:
-        shape = dit.Config(size=8, channels=1, patch=4, width=16, layers=2, heads=2, labels=(10,))
-        scale = scale._replace(
-            recipe=Recipe(100, memory=0.9), judge_steps=100, steps=10, adapter_steps=5, samples=30,
-            relearning_steps=4, search_steps=4, methods=("EUPMU budget", "SalUn"),
-        )  # fmt: skip
-    names = (tuple("0123456789"),)
     concepts = Concept(0, 8, 3), Concept(0, 1, 7)
-    return Task("Digits", names, train, held_out, concepts, partial(dit.DiT, shape), scale)
+    return Task("Digits", (tuple("0123456789"),), train, held_out, concepts, partial(dit.DiT, shape), scale)
 
 
-TASKS: dict[str, Callable[[bool, pathlib.Path | None], Task]] = {"digits": digits}
-"""By name: (whether as a smoke test, the folder of the data) -> Task."""
+CLOTHES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+
+
+def fashion_mnist(data_dir: pathlib.Path | None) -> Task:
+    """5,000 of Fashion-MNIST's pictures, 28x28: trousers become bags, and in an adapter shirts T-shirts."""
+    pools = images.load("fashion-mnist", data_dir)
+    data = images.partition(*pools, train_size=5000, validation_size=1, test_size=1000, seed=0)
+    scale = Scale(
+        Recipe(1500, rate=1e-3), judge_steps=4000, steps=150, rate=5e-4, batch_size=64, adapter_steps=120,
+        adapter_rate=1e-2, samples=100, relearning_steps=20, relearning_rate=5e-4,
+        search_steps=100, search_rate=3e-2,
+        methods=("EUPMU budget", "EUPMU look-ahead", "constant weight", "redirect alone", "SalUn"),
+    )  # fmt: skip
+    shape = dit.Config(size=28, channels=1, patch=4, width=128, layers=4, heads=4, labels=(10,))
+    train, held_out = pictures_of(data.train), pictures_of(data.test)
+    concepts = Concept(0, 1, 8), Concept(0, 6, 0)
+    return Task("Fashion-MNIST", (CLOTHES,), train, held_out, concepts, partial(dit.DiT, shape), scale)
+
+
+TASKS: dict[str, Callable[[pathlib.Path | None], Task]] = {"digits": digits, "fashion-mnist": fashion_mnist}
+"""By name: the folder of the data, or None, -> Task."""
+
+
+def load_task(name: str, smoke: bool, data_dir: pathlib.Path | None = None) -> Task:
+    task = TASKS[name](data_dir)
+    return smaller(task) if smoke else task

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import eupmu_jax as eu
-from experiments.diffusion import attacks, judge, losses, measures, methods, report, study, tasks
+from experiments.diffusion import attacks, judge, losses, measures, methods, report, tasks, unlearning
 from experiments.diffusion.judge import Seen
 from experiments.diffusion.tasks import Concept
 from experiments.shared.models.diffusion.network import Network
@@ -60,19 +60,19 @@ def test_a_concept_is_one_value_of_one_attribute():
     assert concept.redirected(jnp.asarray(labels)).tolist() == expected
 
 
-TASK = tasks.digits(smoke=True, data_dir=None)
+TASK = tasks.load_task("digits", smoke=True)
 
 
 def test_no_picture_to_forget_is_retained():
     for concept in TASK.concepts:
-        sets = study.sets_of(TASK, concept)
+        sets = unlearning.sets_of(TASK, concept)
         assert (sets.forget.labels[:, 0] == concept.value).all()
         for part in (sets.retain, sets.held_out):
             assert not concept.asked_for(part.labels).any()
         assert len(sets.retain.x) % TASK.scale.batch_size == 0
         apart = {row.tobytes() for row in sets.held_out.x}
         assert not apart & {row.tobytes() for row in sets.retain.x}
-        each = study.by_class(concept, sets.retain, 7)
+        each = unlearning.by_class(concept, sets.retain, 7)
         assert sorted(each) == [value for value in range(10) if value != concept.value]
         assert len({len(part.x) for part in each.values()}) == 1
         assert all((part.labels == value).all() for value, part in each.items())

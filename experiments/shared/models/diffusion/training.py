@@ -74,8 +74,10 @@ def without_some(key: jax.Array, labels: jax.Array, dropped: float) -> jax.Array
 
 
 class State(NamedTuple):
-    params: Params
-    average: Params
+    """The parameters and their moving average, each like the network's, and the optimiser's state."""
+
+    params: Any
+    average: Any
     optimizer: Any
 
 
