@@ -112,7 +112,7 @@ def plot_runs(path: pathlib.Path, task: Task, records: RecordsByKey) -> None:
     axes[1].axhline(1, color="black", linewidth=0.8)
     axes[0].set(title="forget loss", xlabel="step", yscale="log")
     axes[1].set(title="rise of the retain loss, in budgets, of a batch", xlabel="step")
-    axes[2].set(title="multiplier, of all utilities", xlabel="step", yscale="symlog")
+    axes[2].set(title="multiplier, of all utilities", xlabel="step", yscale="log")
     save(figure, path, legend=4)
 
 

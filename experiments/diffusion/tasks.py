@@ -107,7 +107,7 @@ def smaller(task: Task) -> Task:
         recipe=Recipe(100, memory=0.9), judge_steps=100, steps=10, adapter_steps=5, samples=30,
         relearning_steps=4, search_steps=4, methods=("EUPMU budget", "SalUn"),
     )  # fmt: skip
-    train, held_out = task.train.taken(slice(1500)), task.held_out.taken(slice(400))
+    train, held_out = task.train.taken(slice(640)), task.held_out.taken(slice(200))
     return task._replace(train=train, held_out=held_out, make=partial(dit.DiT, shape), scale=scale)
 
 
