@@ -17,6 +17,10 @@ BUDGET_SHARE = 0.03
 """How much the denoising loss of what is kept may rise, of what it was."""
 
 
+FALL = 0.01
+"""How much that loss is asked to fall in a step, of what it was, where a method asks for it."""
+
+
 class Unlearning(NamedTuple):
     """What `eu.unlearn` is given.
 
@@ -60,6 +64,7 @@ METHODS: dict[str, Unlearning | Peer] = {
     "EUPMU budget, each class": Unlearning(budget, each_class=True),
     "EUPMU lagged": Unlearning(lambda losses: eu.Tolerance(0.0)),
     "EUPMU look-ahead": Unlearning(lambda losses: eu.Tolerance(0.0, measure="lookahead")),
+    "EUPMU look-ahead, a fall": Unlearning(lambda losses: eu.Tolerance(-FALL * losses, measure="lookahead")),
     "constant weight": Unlearning(constant),
     "redirect alone": Unlearning(constant, multiplier=0.0),
     "SalUn": Peer(salun, {"weight": 1.0}),

@@ -1,6 +1,7 @@
 """The pieces of the study, each finished one a record: models, unlearning, samples, attacks, adapters."""
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -10,7 +11,7 @@ from experiments.diffusion.looks import PIECES, looked_at
 from experiments.diffusion.methods import METHODS, Peer
 from experiments.diffusion.tasks import Task
 from experiments.diffusion.unlearning import adapted, adapter_name, unlearned, with_adapters
-from experiments.shared.records import Record, Records
+from experiments.shared.records import Key, Record, Records
 from experiments.shared.report import ORIGINAL, RETRAIN
 
 SCALES = (0.5, 1.0, 1.5)
@@ -73,18 +74,27 @@ def stack_name(names: tuple[str, ...], scale: float) -> str:
 
 def run_all(bench: Bench, records: Records) -> None:
     """Every piece that has no record yet, one model after the other."""
-    task, methods = bench.task, methods_of(bench.task)
+    task, scale, methods = bench.task, bench.scale, methods_of(bench.task)
+
+    def get(key: Key, make: Callable[[], Record], steps: float = 0, tells: bool = False) -> None:
+        """`tells`: what takes these steps says so itself, unless it is done already."""
+        is_done = key in records.by_key
+        records.get(key, make)
+        if is_done or not tells:
+            bench.progress(": ".join(reversed(key)), steps)
+
     for name in (ORIGINAL, RETRAIN):
-        records.get(("train", name), partial(trained, bench, name))
-    records.get((JUDGE,), partial(trained_judge, bench))
+        get(("train", name), partial(trained, bench, name), scale.recipe.steps, tells=True)
+    get((JUDGE,), partial(trained_judge, bench))
     for name in (ORIGINAL, RETRAIN, *methods):
         if name in METHODS:
-            records.get(("unlearn", name), partial(unlearned, bench, name))
+            get(("unlearn", name), partial(unlearned, bench, name), scale.steps, tells=True)
         for kind, piece in PIECES.items():
-            records.get((kind, name), lambda piece=piece, name=name: piece(bench, name, kept(bench, name)))
-            bench.progress(f"{name}: {kind}", OF_PIECES[kind])
+            look = lambda piece=piece, name=name: piece(bench, name, kept(bench, name))
+            get((kind, name), look, OF_PIECES[kind])
     for concept in task.concepts:
-        records.get(("adapter", adapter_name(task, concept)), partial(adapted, bench, concept))
-    for names, scale in stacks_of(task):
-        records.get(("stack", stack_name(names, scale)), partial(stacked, bench, names, scale))
-        bench.progress(f"{stack_name(names, scale)}: look", OF_PIECES["look"])
+        name = adapter_name(task, concept)
+        get(("adapter", name), partial(adapted, bench, concept), scale.adapter_steps, tells=True)
+    for names, factor in stacks_of(task):
+        make = partial(stacked, bench, names, factor)
+        get(("stack", stack_name(names, factor)), make, OF_PIECES["look"])
