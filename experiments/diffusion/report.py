@@ -3,6 +3,7 @@
 import pathlib
 from collections.abc import Sequence
 
+import matplotlib
 import numpy as np
 import pandas as pd
 
@@ -100,9 +101,10 @@ def plot_runs(path: pathlib.Path, task: Task, records: RecordsByKey) -> None:
     """The forget loss, the rise of the retain loss in budgets, and the multiplier, step by step."""
     figure, axes = grid(3, 3, 4.5, 3.2)
     limit = BUDGET_SHARE * records["look", ORIGINAL]["losses"]["kept, train"]
-    for name in study.methods_of(task):
+    for number, name in enumerate(study.methods_of(task)):
         record = records["unlearn", name]
         style = {"linewidth": 2.5 if name == HEADLINE else 1.2, "label": name}
+        style["color"] = matplotlib.colormaps["tab20"](number)
         mean = lambda key, record=record: np.asarray(record[key], float).reshape(len(record[key]), -1)
         axes[0].plot(mean("forget_loss").mean(1), **style)
         axes[2].plot(mean("multiplier").sum(1), **style)
@@ -180,7 +182,7 @@ def write_report(path: pathlib.Path, task: Task, records: RecordsByKey, origin: 
             "Budgets",
             [
                 f"A budget is {BUDGET_SHARE:.0%} of the original's denoising loss of what is kept. It is "
-                "measured by the run itself, at noise of its own.",
+                "measured by the run itself, at other noise.",
                 promise_table(task, records),
                 Picture("runs.png"),
             ],
@@ -198,7 +200,7 @@ def write_report(path: pathlib.Path, task: Task, records: RecordsByKey, origin: 
             "Adapters",
             [
                 f"Of rank {RANK}, each trained alone under a budget, then added to the original "
-                "together.",
+                "together. The real pictures of the distance still have what the second one forgets.",
                 adapter_table(task, records),
             ],
         ),
