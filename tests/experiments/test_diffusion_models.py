@@ -131,14 +131,14 @@ def test_a_new_network_predicts_nothing(name):
     )
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", slow_unless(["dit"], NETWORKS))
 def test_examples_do_not_see_each_other(name):
     params, (x, t, labels) = random_params(name), inputs(name)
     alone = [predicted(name, params, *(part[i : i + 1] for part in (x, t, labels)))[0] for i in range(3)]
     np.testing.assert_allclose(predicted(name, params, x, t, labels), alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", slow_unless(["hybrid"], NETWORKS))
 def test_time_and_labels_matter_and_no_label_is_no_vector(name):
     params, (x, t, labels) = random_params(name), inputs(name)
     found = predicted(name, params, x, t, labels)
@@ -272,6 +272,7 @@ def test_ddim_follows_the_flow(kind):
     np.testing.assert_array_equal(draw(x), draw(x))
 
 
+@pytest.mark.slow
 def test_ancestral_samples_have_the_distribution_and_forget_their_start():
     x = jax.random.normal(jax.random.key(1), (4000, 1, 1, 1))
     draw = jax.jit(lambda x: sample(exact("velocity"), jax.random.key(0), x, steps=400, eta=1.0))
@@ -319,7 +320,7 @@ def scalar_network():
     )
 
 
-@pytest.mark.parametrize("kind", ["velocity", "noise"])
+@pytest.mark.parametrize("kind", slow_unless(["velocity"], ["velocity", "noise"]))
 def test_training_uses_the_chosen_rows_alone(kind):
     """Rows that must not be seen are NaN; one program serves any number of rows."""
     x = np.full((20, 2, 2, 1), np.nan, np.float32)
@@ -338,6 +339,7 @@ def test_training_uses_the_chosen_rows_alone(kind):
         make_trainer(scalar_network(), Recipe(70))
 
 
+@pytest.mark.slow
 def test_training_learns_the_mean_and_returns_the_average():
     """The best number to predict for the velocity of images of value 1 is -E sigma = -2 / pi."""
     pictures = Pictures(np.ones((10, 1, 1, 1), np.float32), np.full((10, 1), 2, np.int32))

@@ -44,7 +44,7 @@ def test_redirects_of_velocities_and_of_the_noises_that_they_imply():
 
 
 @pytest.mark.usefixtures("x64")
-@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.given(hnp.arrays(np.float64, (3, *SHAPE), elements=st.floats(-100, 100, allow_subnormal=False)))
 def test_the_rise_is_the_difference_of_two_losses(arrays):
     predicted, reference, target = arrays
@@ -248,6 +248,7 @@ def test_of_several_utilities_all_are_brought_back():
     assert float(params["model"]["shared"][0]) < float(params["original"]["shared"][0]) - 0.005
 
 
+@pytest.mark.slow
 def test_a_rise_below_nothing_is_fine():
     """Forgetting makes class 2 better, below the original's loss, and nothing is taken for broken."""
     _, history = unlearned(eu.Budget(0.02), rows_of(2, 300, 2), original(shared=1.4), steps=60)
