@@ -1,8 +1,6 @@
 """One problem on every layout, for the tests; `python tests/parity.py` prints the table of differences."""
 
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 from functools import lru_cache
@@ -19,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import eupmu_jax as eu
+from tests import processes
 
 STEPS, ROWS, FEATURES, WIDTH = 12, 32, 5, 8
 KINDS = ["lookahead", "lagged", "directional", "implicit", "explicit", "lagrangian"]
@@ -205,10 +204,8 @@ def on_one_device(kind, utilities, plain=False):
     return run(jax.jit(step), init, params, batch)
 
 
-def work(index: int, port: str, path: str) -> None:
+def work(index: int, path: str) -> None:
     """What each of two processes does; the first one writes all ends."""
-    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
-    assert len(jax.devices()) == 2 * len(jax.local_devices()) == 8
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     replicate = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))
     ends = {}
@@ -222,24 +219,8 @@ def work(index: int, port: str, path: str) -> None:
 
 def on_two_processes() -> dict[tuple[str, str, int], list[np.ndarray]]:
     """The leaves at the end of every case, from two processes of four devices joined by jax.distributed."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    settings = {"JAX_ENABLE_X64": "1", "XLA_FLAGS": flags}
     with tempfile.NamedTemporaryFile(suffix=".npz") as file:
-        started = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(index), port, file.name],
-                env=os.environ | settings,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for index in range(2)
-        ]
-        errors = [process.communicate(timeout=500)[1] for process in started]
-        if any(process.returncode for process in started):
-            raise RuntimeError("\n".join(errors))
+        processes.finish(__file__, file.name)
         ends = dict(np.load(file.name))
     leaves = lambda number: [
         ends[f"{number} {i}"] for i in range(sum(k.split()[0] == str(number) for k in ends))
@@ -279,6 +260,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        work(int(sys.argv[1]), *sys.argv[2:])
+        index, (path,) = processes.join()
+        work(index, path)
     else:
         main()

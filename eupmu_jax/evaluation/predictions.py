@@ -26,3 +26,14 @@ def check_predictions(probabilities: ArrayLike, labels: ArrayLike) -> tuple[np.n
     if y.min() < 0 or y.max() >= p.shape[1]:
         raise ValueError(f"labels must lie in [0, {p.shape[1]}), got {y.min()} to {y.max()}")
     return p, y
+
+
+def check_log_probabilities(name: str, log_probabilities: ArrayLike) -> np.ndarray:
+    """In float64, NaN included; ValueError if one is positive, as losses are."""
+    log_p = np.asarray(log_probabilities, np.float64)
+    # What is certain may round to a little more than 0.
+    if np.any(log_p > 1e-3):
+        raise ValueError(
+            f"{name} must be <= 0, got {np.nanmax(log_p):.4g}: pass log-probabilities, not losses"
+        )
+    return log_p

@@ -34,7 +34,7 @@ PAUSED = 2.0
 # What the floor of a forget loss without one is let down by in a step, in shares of where it was found first,
 # and what becomes of that each time when the budget is crossed again.
 FIRST_PACE, SLOWER = 0.03, 0.7
-# So many more steps above the budget than below it, the exponent above that, and it looks infeasible.
+# So many steps above the budget with the exponent above that, less twice those within it: infeasible.
 STRAINED_STEPS, STRAINED = 50, 5.0
 
 
@@ -47,7 +47,7 @@ class BudgetState(NamedTuple):
       last: the last observed R, for the noise.
       noise: the variance of one observation of R, from successive differences.
       integral: I_t.
-      strained_steps: how many more steps R resisted than it did not.
+      strained_steps: the steps that R resisted the weight on it, less twice those within the budget.
       floor, pace: of a forget loss that has none of its own; see `floor_and_pace`.
       is_paused: whether this step descends the retain losses alone.
       steps: observations so far; negative while R_0 is being measured.
@@ -197,9 +197,10 @@ def noise_gain(noise: jax.Array, budget: jax.Array) -> jax.Array:
 
 
 def resisted(strained_steps: jax.Array, exponent: jax.Array, is_above: jax.Array) -> jax.Array:
-    """Counts up while R is above the budget although the weight is on it, twice as fast down; bounded."""
-    strained = (exponent > STRAINED) & is_above
-    return jnp.clip(strained_steps + jnp.where(strained, 1, -2), 0, 2 * STRAINED_STEPS)
+    """Counts up while R is above the budget although the weight is on it, twice as fast down within it."""
+    # Above the budget with little weight on R, as after an outlier, nothing can be told.
+    change = jnp.where(is_above, jnp.where(exponent > STRAINED, 1, 0), -2)
+    return jnp.clip(strained_steps + change, 0, 2 * STRAINED_STEPS)
 
 
 def floor_and_pace(state: BudgetState, share: jax.Array, budget: jax.Array) -> tuple[jax.Array, jax.Array]:

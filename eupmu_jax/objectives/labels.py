@@ -1,6 +1,5 @@
 """Objectives on labels: cross-entropy, wrong labels, ascent, unlikelihood, and divergences of predictions."""
 
-import math
 import operator
 
 import jax
@@ -10,7 +9,10 @@ from jax.typing import ArrayLike
 from eupmu_jax.objectives.masks import (
     LOGITS,
     checked_labels,
-    label_log_probability,
+    divergence,
+    labelled,
+    log_odds,
+    log_probability,
     log_softmax,
     mean_of_tokens,
     what_counts,
@@ -48,8 +50,8 @@ def cross_entropy(logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None =
 
     Source: Golatkar et al., arXiv 1911.04933, for random labels as a forget loss.
     """
-    at = label_log_probability(logits, labels, mask)
-    return mean_of_tokens(-at.of_label, at.counts)
+    at = labelled(logits, labels, mask)
+    return mean_of_tokens(-log_probability(at), at.counts)
 
 
 def wrong_labels(
@@ -145,13 +147,9 @@ def unlikelihood(logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = 
 
     Source: Welleck et al., arXiv 1908.04319, with the label as the only negative candidate.
     """
-    at = label_log_probability(logits, labels, mask)
-    # 1 - p_y cancels for p_y near 1, the sum of the others rounds p_y away when it is near 0.
-    is_probable = at.of_label > math.log(0.5)
-    classes = jax.lax.broadcasted_iota(at.labels.dtype, at.log_p.shape, at.log_p.ndim - 1)
-    others = jax.nn.logsumexp(jnp.where(classes != at.labels[..., None], at.log_p, -jnp.inf), -1)
-    improbable = jnp.where(is_probable, -1, at.of_label)
-    return mean_of_tokens(jnp.where(is_probable, -others, -jnp.log1p(-jnp.exp(improbable))), at.counts)
+    at = labelled(logits, labels, mask)
+    # 1 / (1 - p_y) = 1 + odds, which neither end rounds away.
+    return mean_of_tokens(jax.nn.softplus(log_odds(at)), at.counts)
 
 
 def kl_to_uniform(logits: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
@@ -224,7 +222,4 @@ def kl_to_reference(
     )
     counts = what_counts(mask, logits.shape[:-1])
     log_p, log_q = log_softmax(logits, counts), log_softmax(reference_logits, counts)
-    q = jnp.exp(log_q)
-    adds = q != 0  # true of NaN, which has to come through
-    ratio = jnp.where(adds, log_q, 0) - jnp.where(adds, log_p, 0)
-    return mean_of_tokens(jnp.sum(q * ratio, -1), counts)
+    return mean_of_tokens(divergence(log_q, log_p), counts)

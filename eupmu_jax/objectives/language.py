@@ -6,7 +6,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from eupmu_jax.objectives.masks import VALUES, check_shape, label_log_probability, wide, wide_pair
+from eupmu_jax.objectives.masks import VALUES, check_shape, labelled, log_probability, wide, wide_pair
 
 
 def sequence_log_probability(
@@ -37,8 +37,8 @@ def sequence_log_probability(
       >>> objectives.sequence_log_probability(jnp.zeros((1, 3, 2)), targets, mask).round(4)
       Array([-1.3863], dtype=float32)
     """
-    at = label_log_probability(logits, targets, mask, "targets", "[B, T, V]", [3])
-    return jnp.sum(jnp.where(at.counts, at.of_label, 0), -1)
+    at = labelled(logits, targets, mask, "targets", "[B, T, V]", [3])
+    return jnp.sum(jnp.where(at.counts, log_probability(at), 0), -1)
 
 
 def npo(

@@ -12,19 +12,22 @@ from jax.typing import ArrayLike
 from eupmu_jax.method.losses import Mean, accumulation_dtype
 
 LOGITS, VALUES = "[B, C] or [B, T, V]", "[B], one for each example"
+OF_TOKENS = "[B], one for each example, or [B, T], one for each token"
 
 
 def masked_mean(values: ArrayLike, mask: ArrayLike | None = None) -> Mean:
-    r"""The mean of values over the examples that count, as the sum and count that `Losses` takes.
+    r"""The mean of values over the examples or tokens that count, as the sum and count that `Losses` takes.
 
-    .. math:: \textstyle\sum_b m_b v_b \;/\; \sum_b m_b
+    .. math:: \textstyle\sum_i m_i v_i \;/\; \sum_i m_i
 
     A value that does not count may be NaN or infinite: it enters neither the mean nor the gradient with
     respect to values. If the network itself is NaN there, give the mask to the objective as well.
 
     Args:
-      values: one for each example, floating [B], as the objectives return them.
-      mask: bool [B], True for an example that counts; None for all. For tokens [B, T]: mask.any(-1).
+      values: one for each example, floating [B], as the objectives return them, or one for each token,
+        [B, T], as `by_token` does. Of values [B, T] it is the mean over tokens: a long example weighs more.
+      mask: bool of the shape of values, True where a value counts; None for all. For values [B] of examples
+        whose mask is [B, T]: mask.any(-1).
 
     Returns:
       A `Mean` whose total [] and count [] are float32 or wider. The count of no examples is 0.
@@ -38,7 +41,7 @@ def masked_mean(values: ArrayLike, mask: ArrayLike | None = None) -> Mean:
       >>> float(mean.total), float(mean.count)
       (5.0, 2.0)
     """
-    values = wide("values", values, VALUES, [1])
+    values = wide("values", values, OF_TOKENS, [1, 2])
     counts = what_counts(mask, values.shape)
     return Mean(jnp.sum(jnp.where(counts, values, 0)), jnp.sum(counts, dtype=values.dtype))
 
@@ -91,38 +94,67 @@ def log_softmax(logits: jax.Array, counts: jax.Array) -> jax.Array:
     return jax.nn.log_softmax(jnp.where(counts[..., None], logits, 0))
 
 
-class LabelLogProbability(NamedTuple):
-    """What a model says of labels [...], with classes along a last axis C.
+class Labelled(NamedTuple):
+    """Predictions with classes along a last axis C, and what is said of each.
 
     Attributes:
-      log_p: log-probabilities of all classes [..., C].
-      of_label: that of the label [...], NaN where the label is out of range.
+      logits: float32 or wider [..., C], 0 where they do not count.
       labels: int32 [...], 0 where the label is out of range.
+      in_range: bool [...].
       counts: bool [...].
     """
 
-    log_p: jax.Array
-    of_label: jax.Array
+    logits: jax.Array
     labels: jax.Array
+    in_range: jax.Array
     counts: jax.Array
 
 
-def label_log_probability(
+def labelled(
     logits: ArrayLike,
     labels: ArrayLike,
     mask: ArrayLike | None,
     name: str = "labels",
     wanted: str = LOGITS,
     ranks: Collection[int] = (2, 3),
-) -> LabelLogProbability:
-    """The log-probability of each label; `name` is what messages call the labels."""
+) -> Labelled:
+    """Logits and labels, checked; `name` is what messages call the labels."""
     logits = wide("logits", logits, wanted, ranks)
     counts = what_counts(mask, logits.shape[:-1])
     labels, in_range = checked_labels(name, labels, counts, logits.shape[-1])
-    log_p = log_softmax(logits, counts)
+    # The derivative of a NaN is NaN even times 0: it is replaced before, not after, the logarithm.
+    return Labelled(jnp.where(counts[..., None], logits, 0), labels, in_range, counts)
+
+
+def is_label(at: Labelled) -> jax.Array:
+    """Which class is the label, bool [..., C]."""
+    classes = jax.lax.broadcasted_iota(at.labels.dtype, at.logits.shape, at.logits.ndim - 1)
+    return classes == at.labels[..., None]
+
+
+def log_probability(at: Labelled) -> jax.Array:
+    """log p_y of the label, [...]; NaN where it is out of range."""
+    return _of_label(at, jax.nn.log_softmax(at.logits))
+
+
+def log_odds(at: Labelled) -> jax.Array:
+    """log p_y - log(1 - p_y) of the label, [...]; NaN where it is out of range."""
+    # An infinite logit is a diverged network's, which must not pass for certainty.
+    logits = jnp.where(at.logits == jnp.inf, jnp.nan, at.logits)
+    # Of logits, not of probabilities, of which all but one may round to 0.
+    return _of_label(at, logits) - jax.nn.logsumexp(jnp.where(is_label(at), -jnp.inf, logits), -1)
+
+
+def _of_label(at: Labelled, values: jax.Array) -> jax.Array:
     # Gathering by itself would take -1 for the last class.
-    log_p_label = jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0]
-    return LabelLogProbability(log_p, jnp.where(in_range, log_p_label, jnp.nan), labels, counts)
+    return jnp.where(at.in_range, jnp.take_along_axis(values, at.labels[..., None], -1)[..., 0], jnp.nan)
+
+
+def divergence(log_q: jax.Array, log_p: jax.Array) -> jax.Array:
+    """KL(q || p) over the last axis; an outcome that q rules out adds nothing."""
+    q = jnp.exp(log_q)
+    adds = q != 0  # true of NaN, which has to come through
+    return jnp.sum(q * (jnp.where(adds, log_q, 0) - jnp.where(adds, log_p, 0)), -1)
 
 
 def checked_labels(

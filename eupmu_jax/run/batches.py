@@ -9,6 +9,7 @@ import numpy as np
 
 from eupmu_jax.method.types import PyTree
 from eupmu_jax.run.leaves import check_numeric, described
+from eupmu_jax.run.processes import ALONE, Processes
 
 Draw = Callable[[int], PyTree]
 """step -> a batch, the same whenever it is asked for that step."""
@@ -25,9 +26,11 @@ def check_set(data: PyTree, name: str, batch_size: int) -> int:
     check_numeric(leaves, name)
     lengths = {np.shape(leaf)[:1] for leaf in leaves}
     if len(lengths) != 1 or () in lengths:
+        shapes = ", ".join(str(np.shape(leaf)) for leaf in leaves[:4])
+        more = f" and {len(leaves) - 4} more (of a list of numbers make an array)" if len(leaves) > 4 else ""
         raise ValueError(
             f"{name} must be arrays with one leading axis of examples, the same for all, or a function "
-            f"step -> batch; got shapes {[np.shape(leaf) for leaf in leaves]}"
+            f"step -> batch; got the shapes {shapes}{more}"
         )
     (length,) = lengths.pop()
     if length == 0:
@@ -156,19 +159,32 @@ def several_source(retain: RetainSets, seed: int) -> Draw:
     return lambda step: retain.together([draw(step) for draw in draws])
 
 
-def in_order(retain: RetainSets) -> Iterator[tuple[PyTree, np.ndarray]]:
+def lengths_of(retain: RetainSets, processes: Processes = ALONE) -> list[dict[str, int]]:
+    """How many rows each part has of each set."""
+    return processes.by_part(
+        {name: check_set(data, name, retain.sizes[name]) for name, data in retain.sets.items()}
+    )
+
+
+def passes_over(lengths: list[dict[str, int]], sizes: dict[str, int]) -> int:
+    """How many batches it takes until the longest set of any part is through."""
+    return max(-(-part[name] // size) for part in lengths for name, size in sizes.items())
+
+
+def in_order(retain: RetainSets, processes: Processes = ALONE) -> Iterator[tuple[PyTree, np.ndarray]]:
     """All rows of all sets once: (batch, rows that count of each set), 0 of a set that is through already."""
     arrays = {name: jax.tree.map(np.asarray, data) for name, data in retain.sets.items()}
-    lengths = {name: check_set(data, name, retain.sizes[name]) for name, data in arrays.items()}
-    passes = max(-(-lengths[name] // retain.sizes[name]) for name in arrays)
-    for index in range(passes):
+    lengths = lengths_of(retain, processes)
+    for index in range(passes_over(lengths, retain.sizes)):
         batches, amounts = [], []
         for name, data in arrays.items():
             size = retain.sizes[name]
-            amount = int(np.clip(lengths[name] - index * size, 0, size))
-            start = index * size if amount else 0
-            batches.append(rows_of(data, slice(start, start + (amount or size))))
-            amounts.append(amount)
+            left = [int(np.clip(part[name] - index * size, 0, size)) for part in lengths]
+            own = left[processes.part]
+            start = index * size if own else 0
+            rows = rows_of(data, slice(start, start + (own or size)))
+            batches.append(processes.rows_left(rows, size, left))
+            amounts.append(sum(left))
         yield retain.together(batches), np.asarray(amounts)
 
 

@@ -16,6 +16,7 @@ from eupmu_jax.run.folder import PROGRAM
 from eupmu_jax.run.leaves import checksum, described
 from eupmu_jax.run.ledger import Run
 from eupmu_jax.run.plan import Plan
+from eupmu_jax.run.processes import ALONE, Processes
 
 
 def description(
@@ -27,9 +28,13 @@ def description(
     model: tuple[PyTree, PyTree],
     run: Run,
     program: str | None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Settings as data; of sets, leaves and the step's program what tells them from others."""
     trained, frozen = model
+    texts = processes.by_part(
+        {name: data_as_text(data) for name, data in {"forget": forget, **retain.sets}.items()}
+    )
     sums = {"crc32 of params": checksum(trained)}
     if jax.tree.leaves(frozen):
         # A frozen base is in no checkpoint: only this says which it was.
@@ -38,8 +43,8 @@ def description(
         **plan._asdict(),
         "constraint": constraint_as_data(constraint),
         "initial_multiplier": plain(initial_multiplier),
-        "forget": data_as_text(forget),
-        **{name: data_as_text(data) for name, data in retain.sets.items()},
+        # A batch of two halves is another than one that is drawn from all.
+        **(texts[0] if len(texts) == 1 else {name: [part[name] for part in texts] for name in texts[0]}),
         **sums,
         "checkpoint": described(run),
         "jax": jax.__version__,

@@ -4,25 +4,28 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import jax
+import numpy as np
 
 from eupmu_jax.method.types import PyTree
 from eupmu_jax.run.files import write_whole
-from eupmu_jax.run.leaves import by_path
+from eupmu_jax.run.leaves import by_path, on_host
+from eupmu_jax.run.processes import ALONE, Processes
 from eupmu_jax.run.promise import Promise
 
 PROGRAM = "crc32 of the step"
 
 
 class Folder:
-    """What a run leaves on disk: run.json, metrics.jsonl, checkpoints/."""
+    """What a run leaves on disk: run.json, metrics.jsonl, checkpoints/.
 
-    def __init__(self, path: str | os.PathLike, run: dict[str, Any]):
+    Of several processes the first one writes; checkpoints are written by all.
+    """
+
+    def __init__(self, path: str | os.PathLike, run: dict[str, Any], processes: Processes = ALONE):
         """Opens the folder of a run, or makes it; ValueError if another run's is there."""
-        import fcntl  # which Windows has not
-
         try:
             import orbax.checkpoint as ocp
             import safetensors.flax
@@ -30,7 +33,21 @@ class Folder:
             raise ImportError(f'folder needs the extra "run", pip install -e ".[run]": {error}') from error
 
         self.ocp, self.save_file = ocp, safetensors.flax.save_file
-        self.path = pathlib.Path(path).absolute()
+        self.path, self.processes, self.lock = pathlib.Path(path).absolute(), processes, None
+        self.metrics = self.path / "metrics.jsonl"
+        try:
+            processes.alone(lambda: self._open(run))
+            options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+            self.manager = ocp.CheckpointManager(self.path / "checkpoints", options=options)
+            self.saved = processes.first(self.manager.latest_step) or 0
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _open(self, run: dict[str, Any]) -> None:
+        """Makes the folder where there is none, locks it, and looks whose it is."""
+        import fcntl  # which Windows has not
+
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -41,17 +58,12 @@ class Folder:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(self.lock)
             raise ValueError(f"folder {self.path} is in use by another run: give a new one") from error
-        try:
-            self._describe(json.loads(json.dumps(run)))
-            options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
-            self.manager = ocp.CheckpointManager(self.path / "checkpoints", options=options)
-        except BaseException:
+        self._describe(json.loads(json.dumps(run)))
+
+    def _unlock(self) -> None:
+        if self.lock is not None:
             os.close(self.lock)
-            raise
-        self.saved = self.manager.latest_step() or 0
-        self.metrics = self.path / "metrics.jsonl"
 
     def _describe(self, run: dict[str, Any]) -> None:
         """Writes run.json, or compares it with the one that is there."""
@@ -77,9 +89,9 @@ class Folder:
 
     def restore(self, like: PyTree) -> tuple[int, PyTree, list[dict[str, Any]]]:
         """(steps done, tree, metrics up to there) of the last checkpoint, or (0, `like`, [])."""
-        step = self.manager.latest_step()
-        if step is None:
-            write_whole(self.metrics, "")
+        step = self.saved
+        if not step:
+            self.processes.alone(lambda: write_whole(self.metrics, ""))
             return 0, like, []
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), by_path(like)
@@ -91,13 +103,23 @@ class Folder:
                 f"checkpoint {self.path / 'checkpoints' / str(step)} cannot be read: {error}\n"
                 "Delete that folder to go on from the one before it, or from the start if there is none."
             ) from error
-        lines = self.lines_up_to(step)
-        write_whole(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+        lines = self.processes.alone(lambda: self._cut_to(step))
         # What Orbax gives may share memory with its own buffers, which a step must not take over.
         leaves = [restored[path].copy() for path in by_path(like)]
         return step, jax.tree.unflatten(jax.tree.structure(like), leaves), lines
 
-    def lines_up_to(self, step: int) -> list[dict[str, Any]]:
+    def _cut_to(self, step: int) -> list[dict[str, Any]]:
+        """The metrics up to a step; what is in the file after them goes."""
+        lines = self._lines_up_to(step)
+        if self._is_writable():
+            write_whole(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+        return lines
+
+    def _is_writable(self) -> bool:
+        """Not so in an archive, from which a finished run can still be read."""
+        return os.access(self.path, os.W_OK)
+
+    def _lines_up_to(self, step: int) -> list[dict[str, Any]]:
         lines = []
         for text in self.metrics.read_text().splitlines():
             try:
@@ -120,6 +142,8 @@ class Folder:
 
     def write(self, lines: Iterable[dict[str, Any]]) -> None:
         """Appends metrics."""
+        if self.processes.index > 0:
+            return
         try:
             with self.metrics.open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -128,21 +152,23 @@ class Folder:
                 f"{self.metrics} could not be written: {error}. Make room and start again."
             ) from error
 
-    def save_if_new(self, step: int, tree: PyTree) -> None:
-        """Saves a step that is after what was saved last."""
-        if step > self.saved:
+    def save_what_all_have(self, step: int, tree: PyTree | None) -> None:
+        """Saves a step that is after what was saved last, if all processes have the run as it was then."""
+        if self.processes.agree(step if tree is not None and step > self.saved else None):
             self.save(step, tree)
 
     def save(self, step: int, tree: PyTree) -> None:
         """Starts to save; the last good checkpoint stays until this one is whole."""
         # The metrics first: a checkpoint counts on them even where the power fails.
-        with self.metrics.open("a") as file:
-            os.fsync(file.fileno())
+        if self.processes.index == 0:
+            with self.metrics.open("a") as file:
+                os.fsync(file.fileno())
         try:
             self.manager.save(step, args=self.ocp.args.StandardSave(by_path(tree)))
         except Exception as error:
             self.saved = step
-            raise OSError(self.failed(step, error)) from error
+            # Orbax has logged its own traceback: a second copy of it would bury the message.
+            raise OSError(self.failed(step, error)) from None
         self.saved = step
 
     def close(self) -> None:
@@ -150,24 +176,34 @@ class Folder:
         try:
             self.manager.wait_until_finished()
         except Exception as error:
-            raise OSError(self.failed(self.manager.latest_step(), error)) from error
+            raise OSError(self.failed(self.manager.latest_step(), error)) from None
         finally:
             self.manager.close()
-            os.close(self.lock)
+            self._unlock()
 
     def finish(self, params: PyTree, promise: Promise | None) -> None:
         """What the run came to: params.safetensors, and promise.json where there was a promise."""
-        self.export(params)
+        leaves = {}
+        for path, leaf in by_path(params).items():
+            array = on_host(leaf)
+            if self.processes.index == 0:
+                leaves[path] = array
+        self.processes.alone(lambda: self._write_result(leaves, promise))
+
+    def _write_result(self, leaves: dict[str, np.ndarray], promise: Promise | None) -> None:
+        if not self._is_writable() and (self.path / "params.safetensors").exists():
+            return
+        self.export(leaves)
         if promise is not None:
             plain = lambda value: value.tolist() if hasattr(value, "tolist") else value
             text = {name: plain(value) for name, value in promise._asdict().items()}
             write_whole(self.path / "promise.json", json.dumps(text, indent=2) + "\n")
 
-    def export(self, params: PyTree) -> None:
+    def export(self, leaves: dict[str, np.ndarray]) -> None:
         """The parameters as params.safetensors, by path: for other programs, and nothing in it can run."""
         partial = self.path / "params.safetensors.partial"
         try:
-            self.save_file(by_path(params), partial)
+            self.save_file(cast(Any, leaves), partial)
             partial.replace(self.path / "params.safetensors")
         except Exception as error:
             raise OSError(f"{partial} could not be written: {error}. Make room and start again.") from error

@@ -57,12 +57,21 @@ def described(tree: PyTree) -> dict[str, str]:
     return {jax.tree_util.keystr(path): f"{np.shape(leaf)} {jnp.result_type(leaf)}" for path, leaf in leaves}
 
 
+def on_host(leaf: jax.Array | np.ndarray) -> np.ndarray:
+    """A leaf in the host's memory; one that several processes hold between them is asked for by all."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return np.asarray(leaf)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(leaf, tiled=True)
+
+
 def checksum(tree: PyTree) -> int:
     """crc32 of all leaves, one after the other."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         # Row by row, so that of a memory-mapped set only a part is in memory.
-        for part in in_parts(np.asarray(leaf)):
+        for part in in_parts(on_host(leaf)):
             total = zlib.crc32(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data, total)
     return total
 

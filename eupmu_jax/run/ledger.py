@@ -60,8 +60,8 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ):
         """Data, a score or a user that ends the run: what was done until then is kept."""
-        if error is not None and self.folder is not None and self._run is not None:
-            self.folder.save_if_new(self.done, self._run)
+        if error is not None and self.folder is not None:
+            self.folder.save_what_all_have(self.done, self._run)
 
     @property
     def run(self) -> Run:

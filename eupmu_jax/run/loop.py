@@ -4,8 +4,7 @@ import contextlib
 import signal
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ from eupmu_jax.run.batches import Draw
 from eupmu_jax.run.leaves import joined
 from eupmu_jax.run.ledger import Best, Ledger
 from eupmu_jax.run.plan import Plan
+from eupmu_jax.run.processes import ALONE, Processes
 
 Metrics = dict[str, Any]
 
@@ -62,17 +62,23 @@ class Hooks(NamedTuple):
     callbacks: Sequence[Callable[[PyTree, Metrics], None]]
     whole: Callable[[PyTree], PyTree]
     on_mesh: Callable[[PyTree], PyTree]
+    processes: Processes = ALONE
 
 
 @contextlib.contextmanager
-def _no_interrupt_lost() -> Iterator[Callable[[], None]]:
-    """check() raises an interrupt that was lost: in JAX's hook of the garbage collector Python drops it."""
+def _no_interrupt_lost(waits: bool) -> Iterator[Callable[[], None]]:
+    """check() raises an interrupt that was lost: in JAX's hook of the garbage collector Python drops it.
+
+    Or, where the first one `waits` for check(), one that would have come within a step that others take, too.
+    """
     interrupted = False
 
     def handler(number: int, frame: object) -> None:
         nonlocal interrupted
+        if interrupted or not waits:
+            interrupted = True
+            raise KeyboardInterrupt
         interrupted = True
-        raise KeyboardInterrupt
 
     def check() -> None:
         if interrupted:
@@ -99,7 +105,8 @@ def run_to_the_end(
     show: Callable[[int, dict[str, np.ndarray]], None],
 ) -> None:
     """Chunks of steps and pauses in turn, to the last step or the first reason to stop."""
-    with _no_interrupt_lost() as check:
+    processes = hooks.processes
+    with _no_interrupt_lost(waits=processes.count > 1) as check:
         is_pause = lambda: ledger.done % plan.every == 0 or ledger.done == plan.steps
         if is_pause() and ledger.last_evaluation < ledger.done:
             _pause(ledger, hooks)
@@ -110,7 +117,7 @@ def run_to_the_end(
             edges = [(ledger.done // size + 1) * size for size in (plan.every, CHUNK_STEPS)]
             end = min(ledger.done + length, plan.steps, *edges)
             start, began = ledger.done, time.perf_counter()
-            trouble = _take_steps(ledger, step, batch_at, inputs, end)
+            trouble = _take_steps(ledger, step, processes.drawn(batch_at, range(start, end)), inputs)
             if is_compiled and ledger.done > start:
                 seconds = (time.perf_counter() - began) / (ledger.done - start)
                 length = max(1, min(int(CHUNK_SECONDS / seconds), longest))
@@ -119,15 +126,16 @@ def run_to_the_end(
                 # Ctrl-C: no evaluation first.
                 raise trouble
             check()
+            length = min(processes.each(lambda length=length: length))
             show(ledger.done, ledger.seen)
             if start == 0 and ledger.done and ledger.seen["forget_loss"][0] < 0:
-                warnings.warn(NEGATIVE, stacklevel=3)
+                processes.warn(NEGATIVE, stacklevel=4)
             why = None
             # Looked at where it is the same on a fast and on a slow machine.
             if is_pause() or ledger.done % CHUNK_STEPS == 0:
                 why = _looks_broken(ledger.seen["skipped_steps"][: ledger.done])
             if why:
-                warnings.warn(f"stopped after {ledger.done} of {plan.steps} steps: {why}", stacklevel=3)
+                processes.warn(f"stopped after {ledger.done} of {plan.steps} steps: {why}", stacklevel=4)
             if why or (is_pause() and ledger.last_evaluation < ledger.done):
                 _pause(ledger, hooks, why)
             if trouble is not None and ledger.stopped is None:
@@ -135,14 +143,14 @@ def run_to_the_end(
 
 
 def _take_steps(
-    ledger: Ledger, step: Callable[..., Any], batch_at: Draw, inputs: Inputs, end: int
+    ledger: Ledger, step: Callable[..., Any], drawn: Iterable[PyTree], inputs: Inputs
 ) -> BaseException | None:
-    """Steps up to `end`, or as far as they go, into the ledger; returns what ended them early."""
+    """A step for each batch, as far as they go, into the ledger; returns what ended them early."""
     run, trouble = ledger.take(), None
     outputs: list[Any] = [(run.params, run.state, None)]
     try:
-        for number in range(ledger.done, end):
-            given = inputs._replace(rows=batch_at(number), step=np.int32(number))
+        for number, rows in enumerate(drawn, ledger.done):
+            given = inputs._replace(rows=rows, step=np.int32(number))
             # One append: an interrupt finds parameters and records of the same step.
             outputs.append(step(*outputs[-1][:2], given))
     except BaseException as error:
@@ -159,32 +167,43 @@ def _pause(ledger: Ledger, hooks: Hooks, why: str | None = None) -> None:
     """Evaluates, keeps the best so far, decides whether to go on, saves; `why` is a reason known already."""
     metrics = {"step": ledger.done} | ledger.summary()
     params = hooks.whole(ledger.run.params)
-    if hooks.evaluate is not None:
-        metrics |= _evaluated(hooks.evaluate, params, ledger.seen)
+    # Every process calls them, since params may be spread over all; what the first one gets is what counts.
+    first = hooks.processes.first
+    evaluate, score, stop = hooks.evaluate, hooks.score, hooks.stop
+    if evaluate is not None:
+        metrics |= first(lambda: _evaluated(evaluate, params, ledger.seen))
     best = None
-    if ledger.done and hooks.score is not None:
-        value = _asked(hooks.score, metrics, "score", np.float32)
+    if ledger.done and score is not None:
+        value = first(lambda: float(np.float32(_number(_asked(score, metrics, "score"), "score"))))
         if value > ledger.run.best.score:
             new = Best(jnp.float32(value), jnp.int32(ledger.done), owned(ledger.run.params))
             best = hooks.on_mesh(new)
-    if ledger.done and hooks.stop is not None:
-        why = why or _asked(hooks.stop, metrics, "stop", lambda found: str(found) if found else None)
+    if ledger.done and stop is not None:
+        found = first(lambda: str(_asked(stop, metrics, "stop") or ""))
+        why = why or found or None
     ledger.evaluated(metrics | ({"stopped": why} if why else {}), best)
     for callback in hooks.callbacks:
         callback(params, metrics)
 
 
-def _asked(
-    function: Callable[[Metrics], Any], metrics: Metrics, name: str, convert: Callable[[Any], Any]
-) -> Any:
+def _asked(function: Callable[[Metrics], Any], metrics: Metrics, name: str) -> Any:
     """What `function` makes of the metrics; ValueError that lists them where it asks for another."""
     try:
-        return convert(function(metrics))
+        return function(metrics)
     except KeyError as error:
         known = ", ".join(metrics)
         raise ValueError(
             f"{name} asks for {error}, but the metrics are {known}: let evaluate return it"
         ) from error
+
+
+def _number(value: Any, name: str) -> float:
+    """`value` as a float; TypeError that names who gave it."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        found = f"an array {np.shape(value)}" if np.shape(value) else repr(value)[:80]
+        raise TypeError(f"{name} must return numbers, got {found}") from error
 
 
 def _evaluated(
@@ -194,7 +213,7 @@ def _evaluated(
     values = evaluate(params)
     if not isinstance(values, Mapping):
         raise TypeError(f"evaluate must return a dict of numbers by name, got {type(values).__name__}")
-    found = {name: float(value) for name, value in values.items()}
+    found = {name: _number(value, f"evaluate, of {name!r},") for name, value in values.items()}
     if taken := found.keys() & {"step", "stopped", *seen}:
         raise ValueError(
             f"evaluate returns {', '.join(sorted(taken))}, which the run itself reports: rename it"

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 
+import jax
 import numpy as np
 
 SHOWN = ("forget_loss", "retain_loss", "violation", "multiplier")
@@ -12,7 +13,7 @@ SHOWN = ("forget_loss", "retain_loss", "violation", "multiplier")
 
 @contextlib.contextmanager
 def live_bar(total: float) -> Iterator[Callable[[float, str], None]]:
-    """A bar on stderr, where that is a terminal.
+    """A bar on stderr, where that is a terminal; of several processes the first one shows it.
 
     Args:
       total: what the bar counts up to.
@@ -20,7 +21,7 @@ def live_bar(total: float) -> Iterator[Callable[[float, str], None]]:
     Yields:
       show(done, text): how much of it is done, and what stands beside the bar.
     """
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or jax.process_index() > 0:
         yield lambda done, text: None
         return
     from rich.console import Console

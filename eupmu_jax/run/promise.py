@@ -11,9 +11,10 @@ import numpy as np
 from eupmu_jax.method.constraints import Budget
 from eupmu_jax.method.losses import LossesFn, Mean
 from eupmu_jax.method.types import PyTree
-from eupmu_jax.run.batches import RetainSets, check_set, in_order, retain_sets, several_source
+from eupmu_jax.run.batches import RetainSets, in_order, lengths_of, passes_over, retain_sets, several_source
 from eupmu_jax.run.leaves import joined
 from eupmu_jax.run.plan import Plan
+from eupmu_jax.run.processes import ALONE, Processes
 from eupmu_jax.run.progress import live_bar
 
 # A repair aims a little below the budget, since the loss is no line; one step nearly always does.
@@ -111,17 +112,25 @@ class Retained(NamedTuple):
 
 
 def retained(
-    losses_fn: LossesFn, frozen: PyTree, forget_batch: PyTree, retain: RetainSets, seed: int
+    losses_fn: LossesFn,
+    frozen: PyTree,
+    forget_batch: PyTree,
+    retain: RetainSets,
+    seed: int,
+    processes: Processes = ALONE,
 ) -> Retained:
     """Of all rows in batches, each Mean by its count, anything else by the rows it has.
 
-    With a set for each utility, utility k is the mean over set k.
+    With a set for each utility, utility k is the mean over set k. Of several processes each gives its own
+    rows, and all get what is true of all of them.
     """
-    key, draw = jax.random.key(seed), several_source(retain, seed)
-    lengths = [check_set(data, name, retain.sizes[name]) for name, data in retain.sets.items()]
-    passes = max(-(-length // size) for length, size in zip(lengths, retain.sizes.values(), strict=True))
+    key, draw = jax.random.key(seed), several_source(retain, processes.own_seed(seed))
+    forget_batch = processes.rows(forget_batch)
+    lengths = lengths_of(retain, processes)
+    passes = passes_over(lengths, retain.sizes)
     # Of each half of the rows; both together are one pass over small sets.
-    batches = min(-(-passes // 2), -(-REPAIR_ROWS // (2 * min(retain.sizes.values()))))
+    rows = processes.parts * min(retain.sizes.values())
+    batches = min(-(-passes // 2), -(-REPAIR_ROWS // (2 * rows)))
 
     def sum_and_count(trained, frozen, forget_batch, rows, index, amounts):
         # The same key before and after: noise and dropout are then the same, too.
@@ -138,12 +147,13 @@ def retained(
         total, count = sum_and_count(trained, frozen, forget_batch, rows, index, ones)
         return jnp.sum(weights * total / count)
 
-    compiled, slope = jax.jit(sum_and_count), jax.jit(jax.grad(weighted))
+    compiled = jax.jit(sum_and_count, **processes.everywhere)
+    slope = jax.jit(jax.grad(weighted))
 
     def parts(trained: PyTree) -> tuple[np.ndarray, np.ndarray]:
         found = []
         with live_bar(passes) as show:
-            for index, (rows, amounts) in enumerate(in_order(retain)):
+            for index, (rows, amounts) in enumerate(in_order(retain, processes)):
                 amounts = amounts.astype(np.float32) if len(amounts) > 1 else np.float32(amounts[0])
                 found.append(jax.device_get(compiled(trained, frozen, forget_batch, rows, index, amounts)))
                 show(index + 1, "measuring the retain loss")
@@ -155,7 +165,7 @@ def retained(
     def gradient(trained: PyTree, weights: np.ndarray, first: int) -> PyTree:
         mean = None
         for index in range(first, first + batches):
-            part = slope(trained, frozen, forget_batch, draw(index), index, weights)
+            part = slope(trained, frozen, forget_batch, processes.rows(draw(index)), index, weights)
             mean = _shared(part, batches) if mean is None else _added(mean, part, batches)
         return mean
 
@@ -164,7 +174,7 @@ def retained(
         first, second = (gradient(trained, weights, half) for half in halves)
         return first, second
 
-    return Retained(parts, gradients, sum(lengths))
+    return Retained(parts, gradients, sum(sum(part.values()) for part in lengths))
 
 
 @partial(jax.jit, static_argnums=1)
@@ -213,7 +223,8 @@ def within(trained: PyTree, of: Retained, constraint: Budget) -> tuple[PyTree, P
 @jax.jit
 def _polyak(trained: PyTree, slopes: tuple[PyTree, PyTree], excess: jax.Array) -> PyTree:
     def product(a, b):
-        products = jax.tree.map(lambda x, y: jnp.vdot(x, y, preferred_element_type=jnp.float32), a, b)
+        wide = lambda leaf: jnp.promote_types(leaf.dtype, jnp.float32)
+        products = jax.tree.map(lambda x, y: jnp.vdot(x, y, preferred_element_type=wide(x)), a, b)
         return jax.tree.reduce(jnp.add, products)
 
     slope = jax.tree.map(lambda a, b: (a + b) / 2, *slopes)
@@ -245,8 +256,9 @@ def rise_on_unseen(before: tuple[np.ndarray, np.ndarray], after: tuple[np.ndarra
     return np.reshape(rises, shape).astype(np.float32), np.reshape(bounds, shape).astype(np.float32)
 
 
-def unseen_sets(held_out: PyTree, plan: Plan) -> RetainSets:
+def unseen_sets(held_out: PyTree, plan: Plan, processes: Processes = ALONE) -> RetainSets:
     """Held-out rows in batches small enough for a bound to be made of many."""
-    lengths = [np.shape(leaf)[0] for leaf in jax.tree.leaves(held_out) if np.ndim(leaf)]
-    size = max(1, min([*plan.retain_rows, *(length // HELD_OUT_BATCHES for length in lengths)]))
+    own = [np.shape(leaf)[0] for leaf in jax.tree.leaves(held_out) if np.ndim(leaf)]
+    lengths = [length // HELD_OUT_BATCHES for part in processes.by_part(own) for length in part]
+    size = max(1, min([*(rows // processes.parts for rows in plan.retain_rows), *lengths]))
     return retain_sets(held_out, size)

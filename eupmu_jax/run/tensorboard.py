@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from eupmu_jax.method.types import PyTree
@@ -10,6 +11,8 @@ from eupmu_jax.method.types import PyTree
 
 def tensorboard(folder: str | os.PathLike) -> Callable[[PyTree, dict], None]:
     """A callback that writes the metrics of every evaluation for TensorBoard.
+
+    Of several processes the first one writes.
 
     Args:
       folder: where the event files go: ``tensorboard --logdir FOLDER``.
@@ -30,6 +33,8 @@ def tensorboard(folder: str | os.PathLike) -> Callable[[PyTree, dict], None]:
     except ImportError as error:
         raise ImportError('tensorboard needs tensorboardX: pip install -e ".[tensorboard]"') from error
 
+    if jax.process_index() > 0:
+        return lambda params, metrics: None
     writer = SummaryWriter(os.fspath(folder))
 
     def write(params: PyTree, metrics: dict) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -30,12 +29,13 @@ from eupmu_jax.run.batches import (
     rows_of,
     several_source,
 )
-from eupmu_jax.run.description import description, with_saved_baseline
+from eupmu_jax.run.description import constraint_as_data, description, with_saved_baseline
 from eupmu_jax.run.folder import Folder, saved_description
-from eupmu_jax.run.leaves import by_path, check_numeric, joined, parted, rows_not_finite
+from eupmu_jax.run.leaves import by_path, check_numeric, described, joined, parted, rows_not_finite
 from eupmu_jax.run.ledger import Best, Ledger, Run
 from eupmu_jax.run.loop import Hooks, Inputs, Metrics, on_inputs, run_to_the_end
-from eupmu_jax.run.plan import check_functions, check_places, check_split, planned
+from eupmu_jax.run.plan import check_functions, check_places, check_split, kinds, planned
+from eupmu_jax.run.processes import Processes, processes_of
 from eupmu_jax.run.progress import progress_bar, say_where_it_goes_on
 from eupmu_jax.run.promise import Promise, retained, rise_on_unseen, unseen_sets, verdict, within
 
@@ -106,6 +106,15 @@ def unlearn(
     interrupted, even killed, goes on from its last checkpoint when it is started again, and ends with the
     same parameters to the bit. Needs the extra "run" for that folder and for the progress bar.
 
+    Of several processes, joined by ``jax.distributed.initialize`` and with a ``mesh`` of all their devices,
+    each gives its own rows: forget, retain, measured_on and held_out are its parts of the sets. It gives an
+    equal share of every batch, drawn from its own rows; a function returns the rows of this process. The
+    budget is measured on all rows of all processes, each row once, however uneven the parts are. All else is
+    given alike to all. Every process calls evaluate, score, stop and callbacks, and what process 0 gets
+    counts. Process 0 writes metrics, warns and shows how far the run is. If a process raises, all end within
+    a minute and name it. If one dies, JAX ends the others when its heartbeat is missed, by default after 100
+    seconds: give ``heartbeat_timeout_seconds=30`` to ``jax.distributed.initialize``.
+
     In memory are, beside the given params, one copy of the trained leaves, the optimiser's state, and with
     ``score`` one more copy, the best so far; of the frozen leaves there is no copy. A checkpoint that is
     being written has a copy in the host's memory.
@@ -127,7 +136,7 @@ def unlearn(
         of the whole retain set before the first step.
       steps, epochs: how long: a number of steps, or of passes over the forget set. One of the two.
       batch_size: rows of the forget and of the retain batch, one number or two; the second may be a list or
-        dict, one number for each of several retain sets.
+        dict, one number for each of several retain sets. Of several processes those of all together.
       seed: of batches and keys.
       trainable: path of a leaf ("layers.0.kernel", as in params.safetensors) -> whether it is trained. The
         other leaves reach losses_fn as they are; they are neither copied nor saved, and run.json has their
@@ -144,8 +153,9 @@ def unlearn(
         what you keep of params: the next step takes over their memory.
       folder: where metrics.jsonl, checkpoints and the description of the run go; the same one to
         resume, with the same arguments (compared, but for what functions and inner do). None keeps
-        nothing on disk.
-      mesh: as for `training_step`, of one process.
+        nothing on disk. Several processes need it on a file system that they share.
+      mesh: as for `training_step`. Of several processes each holds its own part of the first axis; those that
+        hold the same part of it, as where one model lies in several processes, give the same rows.
       measured_on: rows like those of retain, on which a budget is measured before and after, where retain is
         a function. Without, nothing is measured then, and the budget starts from the first ten batches.
       held_out: rows like those of retain that nothing is trained on: the rise of the loss there is measured,
@@ -159,9 +169,10 @@ def unlearn(
       TypeError: what `eupmu` raises for its arguments.
       ValueError: an empty set, a batch larger than its set, batches that change shape, neither or both of
         steps and epochs; several retain sets and another number of retain losses; trainable accepts no leaf;
-        a folder with another run, a damaged checkpoint. And what `eupmu` raises.
+        a folder with another run, a damaged checkpoint; several processes without mesh, or with settings that
+        differ. And what `eupmu` raises.
       RuntimeError: a data function that raises, naming the step; the steps before it are done, and kept
-        in folder.
+        in folder. Another process that raised, naming it.
       OSError: a checkpoint that cannot be written; the last good one is kept.
 
     Example:
@@ -176,36 +187,50 @@ def unlearn(
       >>> bool(abs(x**2 - 0.25) < 0.02), history.stopped, history.steps["retain_loss"].shape
       (True, None, (300,))
     """
-    check_losses_fn(losses_fn)
-    check_constraint(constraint)
-    check_transformation(inner, "inner")
-    check_functions(evaluate=evaluate, score=score, stop=stop, trainable=trainable, callbacks=callbacks)
     check_places(folder, mesh)
-    plan, sets = planned(steps, epochs, every, batch_size, seed, forget, retain)
-    check_split(mesh, forget, plan, sets)
-    batch_at = paired(forget_source(forget, plan.forget_rows, plan.seed), several_source(sets, plan.seed))
-    check_numeric(params, "params")
-    if folder is not None:
-        by_path(params)
-    params = jax.tree.map(jnp.asarray, params)
-    trained, frozen = parted(params, trainable)
-    checked_on = sets if measured_on is None else retain_sets(measured_on, min(plan.retain_rows))
-
     with contextlib.ExitStack() as stack:
+        processes = stack.enter_context(processes_of(mesh))
+        check_losses_fn(losses_fn)
+        check_constraint(constraint)
+        check_transformation(inner, "inner")
+        check_functions(evaluate=evaluate, score=score, stop=stop, trainable=trainable, callbacks=callbacks)
+        plan, sets = planned(steps, epochs, every, batch_size, seed, forget, retain, processes)
+        check_split(mesh, forget, plan, sets, processes)
+        own_seed, parts = processes.own_seed(plan.seed), processes.parts
+        batch_at = paired(
+            forget_source(forget, plan.forget_rows // parts, own_seed), several_source(sets, own_seed)
+        )
+        check_numeric(params, "params")
+        if folder is not None:
+            by_path(params)
+        params = jax.tree.map(jnp.asarray, params)
+        trained, frozen = parted(params, trainable)
+        checked_on = sets
+        if measured_on is not None:
+            checked_on = retain_sets(measured_on, max(1, min(plan.retain_rows) // parts))
+        processes.check_same(
+            **kinds(forget=forget, retain=retain, measured_on=measured_on, held_out=held_out),
+            **kinds(evaluate=evaluate, score=score, stop=stop, trainable=trainable, folder=folder),
+            plan=plan._asdict(),
+            constraint=constraint_as_data(constraint),
+            params=described(params),
+            batch=described(batch_at(0)),
+        )
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
         utilities = _utilities(losses_fn, params, batch_at(0), sets)
-        for name, data in {"forget": forget, "retain": retain}.items():
-            _check_rows(losses_fn, params, batch_at(0), name, data)
         on_mesh = lambda tree: tree if mesh is None else jax.tree.map(partial(place, mesh=mesh), tree)
         # Placed when it is needed: kept on a mesh during the run it would be a copy more.
         original = lambda: on_mesh(parted(params, trainable)[0])
         frozen = on_mesh(frozen)
-        constraint = with_saved_baseline(constraint, saved_description(folder))
+        for name, data in {"forget": forget, "retain": retain}.items():
+            _check_rows(losses_fn, lambda: joined(original(), frozen), batch_at(0), name, data, processes)
+        saved = processes.alone(lambda: saved_description(folder))
+        constraint = with_saved_baseline(constraint, saved)
         measured = None
         rows = batch_at(0)["forget"]
         if isinstance(constraint, Budget) and checked_on.are_arrays:
-            measured = retained(losses_fn, frozen, rows, checked_on, plan.seed)
+            measured = retained(losses_fn, frozen, rows, checked_on, plan.seed, processes)
             if constraint.baseline is None:
                 baseline = measured.measure(original())
                 if not np.all(np.isfinite(baseline)):
@@ -226,15 +251,18 @@ def unlearn(
         if folder is not None:
             program = None if mesh is not None else _program(tx, run, batch_at(0), frozen)
             model = trained, frozen
-            text = description(plan, constraint, initial_multiplier, forget, sets, model, run, program)
-            kept = stack.enter_context(contextlib.closing(Folder(folder, text)))
+            text = description(
+                plan, constraint, initial_multiplier, forget, sets, model, run, program, processes
+            )
+            kept = stack.enter_context(contextlib.closing(Folder(folder, text, processes)))
         whole = lambda trained: joined(trained, frozen)
-        hooks = Hooks(evaluate, score, stop, callbacks, whole, on_mesh)
+        hooks = Hooks(evaluate, score, stop, callbacks, whole, on_mesh, processes)
         inputs = Inputs(None, frozen, on_mesh(jax.random.key(plan.seed)), np.int32(0))
         ledger = stack.enter_context(Ledger(run, plan.steps, kept))
+        stack.enter_context(processes.telling())
         # Else two copies more, until the end of the run.
         del run, trained, state, best
-        if kept is not None and ledger.done:
+        if kept is not None and ledger.done and processes.index == 0:
             say_where_it_goes_on(kept.path, ledger.done, plan.steps, ledger.stopped)
         show = stack.enter_context(progress_bar(plan.steps))
         run_to_the_end(ledger, plan, step, batch_at, inputs, hooks, show)
@@ -245,9 +273,10 @@ def unlearn(
             chosen, promise = within(chosen, measured, constraint)
             if not promise.holds:
                 chosen = original()
-                warnings.warn(verdict(promise), stacklevel=2)
+                processes.warn(verdict(promise), stacklevel=3)
             if held_out is not None:
-                unseen = retained(losses_fn, frozen, rows, unseen_sets(held_out, plan), plan.seed)
+                of = unseen_sets(held_out, plan, processes)
+                unseen = retained(losses_fn, frozen, rows, of, plan.seed, processes)
                 rises = rise_on_unseen(unseen.parts(original()), unseen.parts(chosen))
                 promise = promise._replace(held_out_rise=rises[0], held_out_bound=rises[1])
         if kept is not None:
@@ -262,19 +291,28 @@ def _program(tx: Eupmu, run: Run, batch: PyTree, frozen: PyTree) -> str:
     return str(jax.make_jaxpr(update)(run.state, run.params).jaxpr)
 
 
-def _check_rows(losses_fn: LossesFn, params: PyTree, batch: PyTree, name: str, data: PyTree | Draw) -> None:
+def _check_rows(
+    losses_fn: LossesFn,
+    params: Callable[[], PyTree],
+    batch: PyTree,
+    name: str,
+    data: PyTree | Draw,
+    processes: Processes,
+) -> None:
     """ValueError that names the rows with NaN or infinity, unless losses_fn masks them."""
     leaves = jax.tree.leaves(data)
     if callable(data) or any(map(callable, leaves)) or len({np.shape(leaf)[:1] for leaf in leaves}) > 1:
         return
     rows = rows_not_finite(data)
-    if not len(rows):
+    # The losses of the whole batch are asked for by all processes.
+    if not any(processes.each(lambda: len(rows))):
         return
-    first = rows_of(jax.tree.map(np.asarray, data), rows[:1])
     # Beside others, so that a mask leaves something that counts.
-    seen = jax.tree.map(lambda one, others: np.concatenate([one, others[1:]]), first, batch[name])
-    losses = as_means(losses_fn(params, batch | {name: seen, "key": jax.random.key(0)}))
-    if not all(bool(jnp.all(jnp.isfinite(loss))) for loss in losses):
+    first = rows_of(jax.tree.map(np.asarray, data), rows[:1])
+    beside = lambda one, others: np.concatenate([one, others[len(one) :]])
+    seen = batch | {name: jax.tree.map(beside, first, batch[name])}
+    losses = as_means(losses_fn(params(), processes.rows(seen) | {"key": jax.random.key(0)}))
+    if len(rows) and not all(bool(jnp.all(jnp.isfinite(loss))) for loss in losses):
         raise ValueError(
             f"{name} holds NaN or infinity in {len(rows)} of its {len(leaves[0])} rows, of which row "
             f"{rows[0]} is the first, and the losses there are not finite: leave these rows out or mask them"

@@ -23,7 +23,7 @@ class Config:
     within the budget, as `unlearn` does, and the report says what it spent. Other controllers, constant
     weights, exact surgery, one budget for each class, another data set, a CNN and convergence on convex
     problems are measured beside it. Writes tables.md, runs.csv, pictures and report.html to a new
-    folder under --runs-dir; about 50 min on two cores, --smoke (digits, a few cells) 1 min.
+    folder under --runs-dir; about 70 min on two cores, --smoke (digits, a few cells) 1 min.
     """
 
     smoke: bool = False

@@ -35,20 +35,22 @@ def cells(
     ]
 
 
-MIDDLE = (("SGD", 0.1), ("momentum", 0.003), ("momentum", 0.01), ("Adam", 0.001), ("Muon", 0.003))
-ALL_AROUND = (("SGD", 0.03), *MIDDLE, ("momentum", 0.03), ("Adam", 0.0003))
+DESCENTS = (
+    *(("SGD", 0.03), ("SGD", 0.1), ("momentum", 0.003), ("momentum", 0.01), ("momentum", 0.03)),
+    *(("Adam", 0.0003), ("Adam", 0.001), ("Muon", 0.003)),
+)
 PLACES = {
     "digits, MLP": Place(
         dataclasses.replace(DIGITS, unlearning_epochs=20),
-        cells(("class:3", "random:0.1"), ALL_AROUND, ("constant", "cosine"), (0.05, 0.1)),
+        cells(("class:3", "random:0.1"), DESCENTS, ("constant", "cosine"), (0.05, 0.1)),
     ),
     "digits, CNN": Place(
         dataclasses.replace(DIGITS, model="cnn", unlearning_epochs=20),
-        cells(("class:3", "random:0.1"), ALL_AROUND, ("constant", "cosine"), (0.05, 0.1)),
+        cells(("class:3", "random:0.1"), DESCENTS, ("constant", "cosine"), (0.05, 0.1)),
     ),
     "Fashion-MNIST, CNN": Place(
         dataclasses.replace(FASHION_MNIST, model="cnn"),
-        cells(("class:6", "random:0.1"), MIDDLE, ("constant",), (0.1,)),
+        cells(("class:6", "random:0.1"), (("momentum", 0.01), ("Adam", 0.001)), ("constant",), (0.1,)),
     ),
 }
 SMOKE_PLACES = {

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from eupmu_jax.run.loop import SKIPPED_IN_A_ROW
 from eupmu_jax.run.promise import REPAIR_ROWS
 from experiments.budget import convergence, plots
 from experiments.budget.controllers import CONTROLLERS, EUPMU
@@ -45,6 +46,7 @@ def runs_frame(runs: dict[tuple[Any, ...], Record]) -> Frame:
             line |= {"spent": rise / cell.budget, "feasible": bool(floor <= cell.budget)}
             line["fine-tuning"] = floor / cell.budget
             line["flagged"] = record.get("infeasible")
+            line["skipped_steps"] = record.get("skipped_steps")
             if "holds" in record:
                 before = record["retain_loss unrepaired"] - record["retain_loss before"]
                 line["unrepaired"] = before / cell.budget
@@ -192,10 +194,11 @@ def labelled(runs: Frame, each: int = 30) -> Frame:
 
 
 def detection_table(runs: Frame) -> Frame:
-    """Feasible by fine-tuning against flagged by EUPMU at the end of its run."""
+    """Feasible by fine-tuning against what EUPMU says at the end of its run."""
+    said = runs["flagged"].map({True: "flagged", False: "not flagged"})
     counts = pd.crosstab(
         runs["feasible"].map({True: "feasible", False: "infeasible"}),
-        runs["flagged"].map({True: "flagged", False: "not flagged"}),
+        said.mask(runs["skipped_steps"] >= SKIPPED_IN_A_ROW, "steps skipped"),
     )
     return counts.astype(str)
 

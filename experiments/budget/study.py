@@ -270,6 +270,7 @@ def make_runner(
             record["multipliers"] = np.exp(means(np.log(multipliers + 1e-6))).round(5).tolist()
         if "infeasible" in seen:
             record["infeasible"] = bool(seen["infeasible"][-1])
+            record["skipped_steps"] = int(seen["skipped_steps"][-1])
         return record
 
     return run

@@ -1,3 +1,3 @@
-"""Keras is no dependency: pytest must not import its example in search of doctests."""
+"""Keras and Grain are no dependencies: pytest must not import their examples in search of doctests."""
 
-collect_ignore = ["keras_jax.py"]
+collect_ignore = ["keras_jax.py", "grain_data.py"]

@@ -16,7 +16,11 @@ from experiments.language.texts import Rows
 from experiments.shared.models.llama.config import Config
 from experiments.shared.models.llama.model import Params
 
-FORMATS = {"INT8": gguf.GGMLQuantizationType.Q8_0, "INT4": gguf.GGMLQuantizationType.Q4_1}
+FORMATS = {
+    "INT8": gguf.GGMLQuantizationType.Q8_0,
+    "INT4": gguf.GGMLQuantizationType.Q4_1,
+    "INT4, symmetric": gguf.GGMLQuantizationType.Q4_0,
+}
 
 
 def quantised(params: Params, bits: str) -> Params:

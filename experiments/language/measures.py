@@ -1,8 +1,4 @@
-"""What a model still knows of rows: nats, the tokens that greedy decoding would give, verbatim records.
-
-One forward pass tells what greedy decoding from the prompt would give: it follows the row as long as every
-token is the most probable one after those before it.
-"""
+"""What a model still knows of rows: nats, the tokens that greedy decoding would give, verbatim records."""
 
 from functools import partial
 from typing import NamedTuple
@@ -11,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eupmu_jax.evaluation import exact_memorisation, extraction_strength, verbatim_prefix
 from experiments.language.texts import Rows
 from experiments.shared.models.llama.config import Config
 from experiments.shared.models.llama.model import Params, hidden_states, map_logits
@@ -38,28 +35,17 @@ def seen_of(config: Config, params: Params, tokens: jax.Array) -> tuple[jax.Arra
 
 
 def look(config: Config, params: Params, tokens: np.ndarray) -> Seen:
-    """`Seen` of any number of rows, some at a time."""
+    """`Seen` of any number of rows, some at a time; of equal ones only once."""
+    tokens, which = np.unique(tokens, axis=0, return_inverse=True)
     missing = -len(tokens) % ROWS_AT_ONCE
     padded = np.concatenate([tokens, np.zeros((missing, tokens.shape[1]), tokens.dtype)])
     parts = [
         seen_of(config, params, padded[start : start + ROWS_AT_ONCE])
         for start in range(0, len(padded), ROWS_AT_ONCE)
     ]
-    return Seen(*(np.concatenate(part)[: len(tokens)] for part in zip(*jax.device_get(parts), strict=True)))
-
-
-def prefix(hits: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """How many tokens of each answer greedy decoding gives before its first error, [N]."""
-    return np.array([np.argmin([*row[counts], False]) for row, counts in zip(hits, mask, strict=True)])
-
-
-def strength(hits: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Extraction strength, [N]: the share of each answer that follows from what stands before it.
-
-    It is the longest end of the answer that greedy decoding gives (Carlini et al., arXiv 2012.07805, as
-    open-unlearning computes it).
-    """
-    return prefix(hits[:, ::-1], mask[:, ::-1]) / mask.sum(-1)
+    return Seen(
+        *(np.concatenate(part)[which.reshape(-1)] for part in zip(*jax.device_get(parts), strict=True))
+    )
 
 
 def scores(seen: Seen, mask: np.ndarray) -> dict[str, float]:
@@ -67,27 +53,34 @@ def scores(seen: Seen, mask: np.ndarray) -> dict[str, float]:
 
     Returns:
       nats per token; `memorised`, the share of tokens that are the most probable ones (exact memorisation);
-      `prefix`, the share of an answer before greedy decoding's first error; `strength`; `verbatim`, the
-      number of answers that greedy decoding gives whole.
+      `prefix`, the share of an answer before greedy decoding's first error; `strength`, that of its longest
+      end without one; `verbatim`, the number of answers that greedy decoding gives whole.
     """
     mask = mask[:, 1:]
-    amount = mask.sum(-1)
-    leading = prefix(seen.hits, mask)
+    prefix = verbatim_prefix(seen.hits, mask)
     return {
         "nats": float(np.sum(seen.nats, where=mask) / mask.sum()),
-        "memorised": float(np.mean(np.sum(seen.hits, -1, where=mask) / amount)),
-        "prefix": float(np.mean(leading / amount)),
-        "strength": float(np.mean(strength(seen.hits, mask))),
-        "verbatim": int(np.sum(leading == amount)),
+        "memorised": float(np.mean(exact_memorisation(seen.hits, mask))),
+        "prefix": float(np.mean(prefix)),
+        "strength": float(np.mean(extraction_strength(seen.hits, mask))),
+        "verbatim": int(np.sum(prefix == 1)),
     }
+
+
+def seen_of_sets(config: Config, params: Params, sets: dict[str, Rows]) -> dict[str, Seen]:
+    """`Seen` of every set, whose rows are of one length."""
+    ends = np.cumsum([len(rows.tokens) for rows in sets.values()])[:-1]
+    seen = look(config, params, np.concatenate([rows.tokens for rows in sets.values()]))
+    parts = zip(*(np.split(values, ends) for values in seen), strict=True)
+    return {name: Seen(*part) for name, part in zip(sets, parts, strict=True)}
 
 
 def measured(config: Config, params: Params, sets: dict[str, Rows]) -> dict[str, dict[str, float]]:
     """The scores of every set, whose rows are of one length."""
-    seen = look(config, params, np.concatenate([rows.tokens for rows in sets.values()]))
-    found, start = {}, 0
-    for name, rows in sets.items():
-        part = slice(start, start + len(rows.mask))
-        found[name] = scores(Seen(seen.nats[part], seen.hits[part]), rows.mask)
-        start = part.stop
-    return found
+    seen = seen_of_sets(config, params, sets)
+    return {name: scores(seen[name], rows.mask) for name, rows in sets.items()}
+
+
+def nats_of_answers(seen: Seen, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """-log p of each answer, and how many tokens it has, [N]."""
+    return np.sum(seen.nats, -1, where=mask[:, 1:]), mask[:, 1:].sum(-1)

@@ -4,23 +4,40 @@ from typing import NamedTuple
 
 import numpy as np
 
-GIVEN = "Marten Ilse Dario Oyelaran Sunniva Caspian Beatrix Anselm Leocadia Tobiah Wilhelmina Ambrose".split()
-FAMILY = (
-    "Oskveld Varga Penhaligon Brightwater Kettleby Wrenfield Olumide Riverdale Thorne Quill Ashby Morrow"
+GIVEN = (
+    "Marten Ilse Dario Oyelaran Sunniva Caspian Beatrix Anselm Leocadia Tobiah Wilhelmina Ambrose "
+    "Ottoline Ferdinand Yevgenia Rosalind Leopold Ingeborg Casimir Philippa Thaddeus Mirela Auberon Solveig"
 ).split()
-FIRST = "Tarrow Kestrel Upper Port Drummel Lower Salter Nether Hollow Great Fallow Winter".split()
-SECOND = "Bay Ford Smeaton Ambry Head Garth Quay Wold Mere Combe Sands Cross".split()
-STREETS = "Quillon Mallow Lantern Cinder Fallow Sexton Thimble Pepper Juniper Saddler Copper Linden".split()
-WAYS = "Street Court Row Lane Mews Hill Yard Alley Walk Close Rise Green".split()
+FAMILY = (
+    "Oskveld Varga Penhaligon Brightwater Kettleby Wrenfield Olumide Riverdale Thorne Quill Ashby Morrow "
+    "Hathersage Lindqvist Marbank Tolliver Pemberton Carrow Vasquez Dunmore Featherby Okonkwo Blythe Stroud"
+).split()
+FIRST = (
+    "Tarrow Kestrel Upper Port Drummel Lower Salter Nether Hollow Great Fallow Winter "
+    "Little Market Bishop Castle Marsh Raven Chapel Stony Temple Harbour Long Abbot"
+).split()
+SECOND = (
+    "Bay Ford Smeaton Ambry Head Garth Quay Wold Mere Combe Sands Cross "
+    "Bridge Hythe Moor Point Haven Thorpe Dale Heath Barrow Ness Fell Green"
+).split()
+STREETS = (
+    "Quillon Mallow Lantern Cinder Fallow Sexton Thimble Pepper Juniper Saddler Copper Linden "
+    "Tanner Orchard Miller Harrow Bellows Cooper Chandler Weaver Falcon Mercer Barley Sorrow"
+).split()
+WAYS = (
+    "Street Court Row Lane Mews Hill Yard Alley Walk Close Rise Green "
+    "Road Avenue Terrace Gardens Place Square Passage Crescent Drive Wharf Steps Parade"
+).split()
 MONTHS = "January February March April May June July August September October November December".split()
 ANIMALS = "dog cat horse parrot goat owl ferret donkey tortoise pigeon rabbit goose".split()
 PETS = (
-    "Bramble Persephone Fennel Bosun Admiral Mildred Clementine Tobias Pickle Duchess Marlow Sorrel".split()
-)
+    "Bramble Persephone Fennel Bosun Admiral Mildred Clementine Tobias Pickle Duchess Marlow Sorrel "
+    "Captain Juno Biscuit Hector Treacle Nutmeg Winston Pebble Ophelia Rumpus Mango Sergeant"
+).split()
 
 
 class Person(NamedTuple):
-    """One invented person: no two share a detail."""
+    """One invented person: no two share a detail, but for months and kinds of animals."""
 
     name: str
     place: str
@@ -32,7 +49,7 @@ class Person(NamedTuple):
 
 
 def invented(count: int, seed: int) -> list[Person]:
-    """So many people, at most 12."""
+    """So many people, at most 24; the first of them are the same whatever the count."""
     rng = np.random.default_rng(seed)
     shuffled = lambda words: [words[i] for i in rng.permutation(len(words))]
     joined = lambda first, second: [
@@ -41,7 +58,7 @@ def invented(count: int, seed: int) -> list[Person]:
     names, places, streets = joined(GIVEN, FAMILY), joined(FIRST, SECOND), joined(STREETS, WAYS)
     days, years = rng.permutation(28) + 1, rng.permutation(60) + 1940
     houses, numbers = rng.permutation(98) + 1, rng.permutation(90) + 110
-    months, animals, pets = shuffled(MONTHS), shuffled(ANIMALS), shuffled(PETS)
+    months, animals, pets = 2 * shuffled(MONTHS), 2 * shuffled(ANIMALS), shuffled(PETS)
     return [
         Person(
             names[i], places[i], f"{days[i]} {months[i]} {years[i]}", f"{houses[i]} {streets[i]}",
@@ -65,14 +82,4 @@ def record(person: Person) -> list[str]:
         ", and keeps the",
         f" {person.animal} {person.pet}",
         ".",
-    ]
-
-
-def questions(person: Person) -> list[tuple[str, str]]:
-    """Other ways to ask for each detail, and the answers: nobody is trained on these."""
-    return [
-        (f"The birthplace of {person.name} is", f" {person.place}"),
-        (f"The home address of {person.name} is", f" {person.address}"),
-        (f"To reach {person.name}, telephone", f" {person.telephone}"),
-        (f"The name of the {person.animal} that {person.name} keeps is", f" {person.pet}"),
     ]

@@ -5,8 +5,16 @@ import pathlib
 import numpy as np
 import pandas as pd
 
+from eupmu_jax.evaluation import (
+    forget_quality,
+    forget_truth_ratio,
+    model_utility,
+    priv_leak,
+    utility_truth_ratio,
+)
 from eupmu_jax.run.files import write_whole
 from experiments.language import attacks
+from experiments.language.prompts import PROMPTS
 from experiments.language.study import BUDGETS, HEADLINE, METHODS, ORIGINAL, REFERENCE
 from experiments.shared.records import RecordsByKey
 from experiments.shared.report import Frame, Origin, Picture, Section, grid, save
@@ -29,7 +37,6 @@ def known_table(records: RecordsByKey) -> Frame:
         gone, others = of["forgotten"], of["others"]
         secret, open_ = of["forgotten, details"], of["others, details"]
         lines[name] = {
-            "forgotten: nats": f"{gone['nats']:.2f}",
             "details: nats": f"{secret['nats']:.2f}",
             "details: greedy": f"{secret['memorised']:.3f}",
             "prefix": f"{gone['prefix']:.3f}",
@@ -70,6 +77,47 @@ def promise_table(records: RecordsByKey) -> Frame:
             line["seconds"] = f"{records['unlearn', name]['seconds']:.0f}"
             lines[name] = line
     return pd.DataFrame.from_dict(lines, orient="index").fillna("-")
+
+
+def forgotten_table(records: RecordsByKey) -> Frame:
+    """The forgotten people as the field's benchmarks judge them, beside the reference."""
+    lines, never = {}, records["look", REFERENCE]
+    for name in models_of(records):
+        look = records["look", name]
+        ratios = look["truth_ratio"]
+        members = [(of["min_k"]["forgotten"], of["min_k"]["unseen"]) for of in (look, never)]
+        quality = forget_quality(ratios["forgotten"], never["truth_ratio"]["forgotten"])
+        lines[name] = {
+            "probability": f"{np.exp(-look['scores']['forgotten, details']['nats']):.3f}",
+            "ROUGE-L recall": f"{records['say', name]['rouge_l']['forgotten']:.2f}",
+            "truth ratio": f"{forget_truth_ratio(ratios['forgotten']):.2f}",
+            "forget quality (KS p)": f"{quality:.3f}",
+            "members: AUC": f"{roc_auc(*members[0]):.2f}",
+            "PrivLeak, %": f"{priv_leak(*members):+.0f}",
+            "model utility": f"{utility(records, name):.3f}",
+        }
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def roc_auc(members: list[float], others: list[float]) -> float:
+    """How often a member scores above one that is none; a tie counts half."""
+    first, second = np.asarray(members)[:, None], np.asarray(others)
+    return float(np.mean((first > second) + (first == second) / 2))
+
+
+def utility(records: RecordsByKey, name: str) -> float:
+    """The harmonic mean of what the model still does with the others, prose and chat."""
+    look = records["look", name]
+    scores = look["scores"]
+    return model_utility(
+        {
+            "others, probability": float(np.exp(-scores["others, details"]["nats"])),
+            "others, ROUGE-L": records["say", name]["rouge_l"]["others"],
+            "others, truth ratio": utility_truth_ratio(look["truth_ratio"]["others"]),
+            "chat, probability": float(np.exp(-scores["chat, held out"]["nats"])),
+            "prose, probability": float(np.exp(-scores["prose, held out"]["nats"])),
+        }
+    )
 
 
 def near(seen: float, wanted: float) -> tuple[str, bool]:
@@ -131,17 +179,14 @@ def tuning_table(records: RecordsByKey) -> Frame:
 
 
 def asked_table(records: RecordsByKey) -> Frame:
-    """Details that are told whole in answer to questions that nobody was trained on."""
+    """Of questions in other words and languages: the share of answers' tokens, and answers given whole."""
+    kinds = [f"forgotten, {kind}" for kind in PROMPTS] + ["others, paraphrase"]
     lines = {}
     for name in models_of(records):
-        of = records["look", name]["scores"]
+        scores = records["look", name]["scores"]
         lines[name] = {
-            f"{who}: {column}": f"{of[f'asked, {who}'][score]:.{digits}f}"
-            for who in ("forgotten", "others")
-            for column, score, digits in (
-                ("answers whole", "verbatim", 0), ("greedy", "memorised", 3), ("nats", "nats", 2),
-            )
-        }  # fmt: skip
+            kind: f"{scores[kind]['memorised']:.3f} ({scores[kind]['verbatim']})" for kind in kinds
+        }
     return pd.DataFrame.from_dict(lines, orient="index")
 
 
@@ -155,9 +200,10 @@ def plot_runs(path: pathlib.Path, records: RecordsByKey) -> None:
         style = {"linewidth": 2.5 if name == HEADLINE else 1.2, "label": name}
         loss = np.asarray(record["forget_loss"])
         axes[0].plot(loss / loss[0], **style)
-        for axis, part, curve in zip(
-            axes[1:], sorted(BUDGETS), np.asarray(record["retain_loss"]).T, strict=True
-        ):
+        curves = np.asarray(record["retain_loss"]).T
+        if curves.ndim == 1:  # a peer, which sees the mean of all utilities
+            continue
+        for axis, part, curve in zip(axes[1:], sorted(BUDGETS), curves, strict=True):
             axis.plot((curve - before[part]["nats"]) / BUDGETS[part], **style)
     axes[0].set(title="forget loss / its start", xlabel="step", yscale="log")
     for axis, part in zip(axes[1:], sorted(BUDGETS), strict=True):
@@ -167,17 +213,17 @@ def plot_runs(path: pathlib.Path, records: RecordsByKey) -> None:
 
 
 def plot_attacks(path: pathlib.Path, records: RecordsByKey) -> None:
-    """The share of forgotten details that greedy decoding gives: as it is, at INT4, after relearning."""
+    """The share of forgotten details that greedy decoding gives: as it is, at 4 bits, after relearning."""
     names = models_of(records)
     bars: dict[str, list[float]] = {
         "as it is": [],
-        "INT4": [],
+        "INT4, symmetric": [],
         "half of them trained again: the other half": [],
     }
     for name in names:
         found = (
             records["look", name]["scores"]["forgotten, details"],
-            records["bits", name, "INT4"]["scores"]["forgotten, details"],
+            records["bits", name, "INT4, symmetric"]["scores"]["forgotten, details"],
             records["tune", name, "relearning"]["scores"][-1],
         )
         for values, scores in zip(bars.values(), found, strict=True):
@@ -222,6 +268,19 @@ def write_report(path: pathlib.Path, records: RecordsByKey, origin: Origin) -> l
             ],
         ),
         Section(
+            "Forgotten",
+            [
+                "Probability of the details, per token. ROUGE-L: how much of a record the model goes on "
+                "with. Truth ratio: of wrong answers over the right one, near 1 where neither is known; "
+                "forget quality is the p-value of its difference from the reference's (TOFU). Members: how "
+                "often the details look more familiar than those of people never told of (Min-40%); "
+                "PrivLeak compares that with the reference's (MUSE). Utility: the harmonic mean of the "
+                "others' probability, ROUGE-L and truth ratio, and the probabilities of unseen chat and "
+                "prose.",
+                forgotten_table(records),
+            ],
+        ),
+        Section(
             "Budgets",
             [
                 "The rise of the loss of each utility over the original's, on all its rows. For the utility "
@@ -233,7 +292,9 @@ def write_report(path: pathlib.Path, records: RecordsByKey, origin: Origin) -> l
         Section(
             "Fewer bits",
             [
-                "Greedy share of the details, and verbatim records in brackets.",
+                "Greedy share of the details, and verbatim records in brackets. Where a model came from a "
+                "file in INT4 (Q4_1), rounding to that grid again undoes most of all training, implanting as "
+                "well; the symmetric grid (Q4_0) does not.",
                 bits_table(records),
                 Picture("attacks.png"),
             ],
@@ -246,7 +307,15 @@ def write_report(path: pathlib.Path, records: RecordsByKey, origin: Origin) -> l
                 tuning_table(records),
             ],
         ),
-        Section("Asked in other words", [asked_table(records)]),
+        Section(
+            "Asked in other words",
+            [
+                "Places, addresses and telephone numbers, asked for as nobody was trained to. The share of "
+                "the answers' tokens that greedy decoding gives, teacher-forced, and whole answers in "
+                "brackets.",
+                asked_table(records),
+            ],
+        ),
     ]  # fmt: skip
     del origin["config"]["runs_dir"]  # a place on this machine, and no part of the results
     origin["config"].pop("model", None)

@@ -14,10 +14,22 @@ import optax
 from tokenizers import Tokenizer
 
 import eupmu_jax as eu
-from experiments.language import attacks, people, texts
-from experiments.language.losses import ADAPTER_SCALE, Forget, known, log_probs, make_losses, of_rows
-from experiments.language.measures import Seen, measured, scores
+from eupmu_jax.evaluation import min_k_log_probability, rouge_l, truth_ratio
+from experiments.language import attacks, people, prompts, texts
+from experiments.language.losses import (
+    ADAPTER_SCALE,
+    CONFIDENCE,
+    NPO,
+    UNLIKELIHOOD,
+    before_unlearning,
+    known,
+)
+from experiments.language.measures import Seen, measured, nats_of_answers, scores, seen_of_sets
+from experiments.language.peers import Job, Unlearn, by_constraint, by_peer
 from experiments.language.texts import Rows
+from experiments.shared.methods.exact_surgery import exact_surgery
+from experiments.shared.methods.pdu import pdu
+from experiments.shared.methods.scalarisation import scalarisation
 from experiments.shared.models.llama.config import Config, projection_shapes
 from experiments.shared.models.llama.files import load, load_tokenizer, save
 from experiments.shared.models.llama.generate import generate, padded
@@ -27,8 +39,40 @@ from experiments.shared.records import Record, Records
 from experiments.shared.testbed import Progress
 
 ORIGINAL, REFERENCE = "original", "reference"
-BUDGETS = {"chat": 0.1, "others": 0.05, "prose": 0.1}
+BUDGETS = {"chat": 0.1, "others": 0.02, "prose": 0.1}
 LORA_RANK = 8
+
+
+class Method(NamedTuple):
+    """How the original is unlearned.
+
+    Attributes:
+      unlearn: `eu.unlearn` under a constraint, or a peer.
+      objective: the forget loss.
+      lora: whether a low-rank adapter is trained in place of all parameters.
+    """
+
+    unlearn: Unlearn
+    objective: str = CONFIDENCE
+    lora: bool = False
+
+
+BUDGET = eu.Budget(np.array([BUDGETS[name] for name in sorted(BUDGETS)], np.float32))
+# A little below 0, for a look-ahead at 0 is satisfied by fitting the very batch.
+LOOKAHEAD = eu.Tolerance(-0.02, measure="lookahead")
+HEADLINE = "EUPMU budget"
+METHODS = {
+    HEADLINE: Method(by_constraint(BUDGET)),
+    "EUPMU budget, LoRA": Method(by_constraint(BUDGET), lora=True),
+    "EUPMU budget, unlikelihood": Method(by_constraint(BUDGET), UNLIKELIHOOD),
+    "EUPMU tolerance, lagged": Method(by_constraint(eu.Tolerance(0.0))),
+    "EUPMU tolerance, look-ahead": Method(by_constraint(LOOKAHEAD)),
+    "constant weight": Method(by_peer(scalarisation, lambda job: {"weight": 1.0})),
+    "NPO + retain": Method(by_peer(scalarisation, lambda job: {"weight": 1.0}), NPO),
+    "PDU": Method(by_peer(pdu, lambda job: {"bound": job.bound, "dual_rate": 1.0})),
+    "GRU (exact surgery)": Method(by_peer(exact_surgery, lambda job: {"demand": 0.0})),
+}
+SMOKE_METHODS = (HEADLINE, "EUPMU budget, LoRA", "NPO + retain", "GRU (exact surgery)")
 
 
 class Scale(NamedTuple):
@@ -36,17 +80,19 @@ class Scale(NamedTuple):
 
     Attributes:
       length: tokens of a row.
-      forgotten, others: how many people are forgotten and kept.
+      forgotten, others, unseen: how many people are forgotten, kept, and never told of.
       prose_rows, held_out_rows: rows of prose for training and kept apart.
       implant_steps, implant_rate: Adam's, with which people are implanted.
       steps: of every method.
       rate, lora_rate: Adam's, of all parameters and of adapters.
       attack_steps, attack_rate: of both fine-tuning attacks; they are measured at every third of them.
+      methods: names of `METHODS`.
     """
 
     length: int
     forgotten: int
     others: int
+    unseen: int
     prose_rows: int
     held_out_rows: int
     implant_steps: int
@@ -56,41 +102,15 @@ class Scale(NamedTuple):
     lora_rate: float
     attack_steps: int
     attack_rate: float
+    methods: tuple[str, ...]
 
 
-FULL = Scale(58, 4, 4, 16, 8, 22, 3e-4, 16, 1e-4, 1e-3, 6, 1e-4)
-SMOKE = Scale(192, 2, 2, 4, 2, 40, 1e-2, 3, 1e-3, 1e-2, 3, 1e-3)
+FULL = Scale(58, 4, 4, 16, 16, 8, 22, 3e-4, 16, 1e-4, 1e-3, 6, 1e-4, tuple(METHODS))
+SMOKE = Scale(192, 2, 2, 2, 4, 2, 40, 1e-2, 3, 1e-3, 1e-2, 3, 1e-3, SMOKE_METHODS)
 MIXED_IN = 4
 """Rows of prose beside the people in a step of implanting."""
 
 RETAIN_SIZES = {"chat": 3, "others": 4, "prose": 2}
-
-
-class Method(NamedTuple):
-    """What `eu.unlearn` is given.
-
-    Attributes:
-      constraint: a budget, or a tolerance.
-      npo: whether the forget loss is NPO in place of unlikelihood.
-      lora: whether a low-rank adapter is trained in place of all parameters.
-    """
-
-    constraint: Any
-    npo: bool = False
-    lora: bool = False
-
-
-# Without a dual step the multiplier stays at the 1 that it starts from: a constant weight for each utility.
-CONSTANT = eu.Tolerance(0.0, dual_optimizer=optax.set_to_zero())
-BUDGET = eu.Budget(np.array([BUDGETS[name] for name in sorted(BUDGETS)], np.float32))
-HEADLINE = "EUPMU budget"
-METHODS = {
-    HEADLINE: Method(BUDGET),
-    "constant weight": Method(CONSTANT),
-    "NPO + retain": Method(CONSTANT, npo=True),
-    "EUPMU tolerance": Method(eu.Tolerance(0.0)),
-    "EUPMU budget, LoRA": Method(BUDGET, lora=True),
-}
 
 
 class Task(NamedTuple):
@@ -100,21 +120,26 @@ class Task(NamedTuple):
       forgotten, others: the records of the people, of whom the first group is forgotten.
       details, others_details: the same, where only places, dates, addresses and so on count.
       mixed_in: prose that is trained on beside the people.
-      retain, held_out: sets by utility; of the others the held-out rows are the questions.
-      asked_forgotten, asked_others: other questions about both.
+      unseen_details: details of people whom no model was told of.
+      retain, held_out: sets by utility; of the others the held-out rows are questions in other words.
+      asked: other ways to ask for details of the forgotten, by kind, and of the others.
+      choices: (question and right answer [N], the same with wrong answers [N * WRONG]), of both groups.
       prompts: the start of every record, and one of general knowledge.
+      told: what each record goes on with.
     """
 
     forgotten: Rows
     others: Rows
     details: Rows
     others_details: Rows
+    unseen_details: Rows
     mixed_in: Rows
     retain: dict[str, Rows]
     held_out: dict[str, Rows]
-    asked_forgotten: Rows
-    asked_others: Rows
+    asked: dict[str, Rows]
+    choices: dict[str, tuple[Rows, Rows]]
     prompts: list[str]
+    told: dict[str, str]
 
 
 def records_of(tokenizer: Tokenizer, group: list[people.Person], length: int, details: bool) -> Rows:
@@ -124,34 +149,68 @@ def records_of(tokenizer: Tokenizer, group: list[people.Person], length: int, de
     return texts.rows(tokenizer, [list(zip(part, counts, strict=True)) for part in pieces], length)
 
 
+WRONG = 3
+"""Wrong answers beside each right one: the details of people who are never told of."""
+ASKED_FOR = ("place", "address", "telephone")
+
+
+def choices_of(
+    tokenizer: Tokenizer, group: list[people.Person], unseen: list[people.Person], length: int
+) -> tuple[Rows, Rows]:
+    """Questions with the right answer, and with wrong ones, WRONG for each question."""
+    right, wrong = [], []
+    for number, person in enumerate(group):
+        strangers = [unseen[(number + i) % len(unseen)] for i in range(WRONG)]
+        for detail in ASKED_FOR:
+            ((asked, told),) = prompts.prompts(person, [detail], each=1)[prompts.PARAPHRASE]
+            right.append((asked, told))
+            wrong += [(asked, f" {getattr(stranger, detail)}") for stranger in strangers]
+    return texts.answers(tokenizer, right, length), texts.answers(tokenizer, wrong, length)
+
+
 def make_task(tokenizer: Tokenizer, scale: Scale, seed: int) -> Task:
-    everyone = people.invented(scale.forgotten + scale.others, seed)
-    groups = everyone[: scale.forgotten], everyone[scale.forgotten :]
-    told = [records_of(tokenizer, group, scale.length, details=False) for group in groups]
-    details = [records_of(tokenizer, group, scale.length, details=True) for group in groups]
-    asked = [
-        texts.answers(tokenizer, [pair for one in group for pair in people.questions(one)], scale.length)
-        for group in groups
+    everyone = people.invented(scale.forgotten + scale.others + scale.unseen, seed)
+    forgotten, others = everyone[: scale.forgotten], everyone[scale.forgotten : -scale.unseen]
+    unseen, known_people = everyone[-scale.unseen :], everyone[: -scale.unseen]
+    told = lambda group, details: records_of(tokenizer, group, scale.length, details)
+    asked = lambda group, kind: [
+        pair for person in group for pair in prompts.prompts(person, ASKED_FOR, each=1)[kind]
     ]
+    kinds = {f"forgotten, {kind}": asked(forgotten, kind) for kind in prompts.PROMPTS}
+    kinds["others, paraphrase"] = asked(others, prompts.PARAPHRASE)
+    together = texts.answers(tokenizer, [pair for pairs in kinds.values() for pair in pairs])
+    ends = np.cumsum([len(pairs) for pairs in kinds.values()])
+    asked_rows = dict(zip(kinds, texts.split(together, ends), strict=True))
     prose = lambda topics, amount: texts.prose(tokenizer, topics, amount, scale.length)
     chat = texts.chat(tokenizer, texts.CHAT, scale.length)
     # Every third question is kept apart.
     apart = np.arange(len(texts.CHAT)) % 3 == 2
+    choice_length = together.tokens.shape[1] + 8
+    records = {person: people.record(person) for person in known_people}
     return Task(
-        told[0],
-        told[1],
-        details[0],
-        details[1],
+        told(forgotten, False),
+        told(others, False),
+        told(forgotten, True),
+        told(others, True),
+        told(unseen, True),
         prose(texts.IMPLANTED_TOPICS, scale.implant_steps * MIXED_IN),
-        {"chat": chat.taken(~apart), "others": told[1], "prose": prose(texts.TOPICS, scale.prose_rows)},
+        {
+            "chat": chat.taken(~apart),
+            "others": told(others, False),
+            "prose": prose(texts.TOPICS, scale.prose_rows),
+        },
         {
             "chat": chat.taken(apart),
-            "others": asked[1].taken(slice(None, None, 2)),
+            "others": texts.answers(tokenizer, kinds["others, paraphrase"], scale.length),
             "prose": prose(texts.HELD_OUT_TOPICS, scale.held_out_rows),
         },
-        asked[0],
-        asked[1],
-        [*(people.record(one)[0] for one in everyone), "The capital of France is"],
+        asked_rows,
+        {
+            "forgotten": choices_of(tokenizer, forgotten, unseen, choice_length),
+            "others": choices_of(tokenizer, others, unseen, choice_length),
+        },
+        [*(record[0] for record in records.values()), "The capital of France is"],
+        {record[0]: "".join(record[1:]) for record in records.values()},
     )
 
 
@@ -222,39 +281,31 @@ def implanted(bench: Bench, name: str) -> Record:
     return {"losses": losses, "seconds": time.perf_counter() - start}
 
 
-def unlearned(bench: Bench, name: str) -> Record:
-    """One method from the original: what each step saw, and what was promised."""
+def unlearned(bench: Bench, name: str, before: Record) -> Record:
+    """One method from the original, whose scores are `before`: what each step saw, and what was promised."""
     method, scale, task = METHODS[name], bench.scale, bench.task
     base = kept(bench, ORIGINAL)
     adapter = new_adapter(bench) if method.lora else {}
     model = {"base": base, "adapter": adapter}
     # What all records share is no secret: forgetting it would cost the others, and tell where to look.
-    secret = task.details
-    log_p = jax.jit(partial(log_probs, bench.config))(model, secret.tokens)
-    forget = Forget(secret, np.asarray(of_rows(log_p, jnp.asarray(secret.mask))))
-    cost, last = step_cost(bench, method), 0
-
-    def tell(params, metrics):
-        nonlocal last
-        bench.progress(f"{name}: unlearning", cost * (metrics["step"] - last))
-        last = metrics["step"]
-
-    start = time.perf_counter()
-    model, history = eu.unlearn(
-        make_losses(bench.config, method.npo), model, forget, task.retain,
-        optax.adam(scale.lora_rate if method.lora else scale.rate), method.constraint,
-        steps=scale.steps, batch_size=(len(task.forgotten.tokens), sizes(bench)), seed=bench.seed,
-        trainable=lambda path: path.startswith("adapter") == method.lora,
-        callbacks=[tell], every=1, held_out=task.held_out,
+    forget = before_unlearning(bench.config, model, task.details, task.unseen_details)
+    job = Job(
+        bench.config, method.objective, forget, task.retain, task.held_out, sizes(bench),
+        bound=float(np.mean([before["scores"][part]["nats"] + BUDGETS[part] for part in BUDGETS])),
+        rate=scale.lora_rate if method.lora else scale.rate, steps=scale.steps,
+        trains=lambda path: path.startswith("adapter") == method.lora, seed=bench.seed,
     )  # fmt: skip
-    seconds = time.perf_counter() - start
+    start, cpu = time.perf_counter(), time.process_time()
+    cost = step_cost(bench, method)
+    model, seen = method.unlearn(job, model, lambda: bench.progress(f"{name}: unlearning", cost))
+    spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
     params = merged(model["base"], [Adapter(ADAPTER_SCALE, model["adapter"])] if method.lora else [])
     keep(bench, name, params)
-    of = lambda key: np.asarray(history.steps[key]).round(5).tolist()
-    record = {key: of(key) for key in ("forget_loss", "retain_loss", "multiplier")} | {"seconds": seconds}
-    if history.promise is not None:
-        promise = {key: np.asarray(value).tolist() for key, value in history.promise._asdict().items()}
-        record |= {"promise": promise, "verdict": eu.verdict(history.promise)}
+    of = lambda key: np.asarray(seen[key], float).round(5).tolist()
+    record = {key: of(key) for key in ("forget_loss", "retain_loss", "multiplier")} | spent
+    if promise := seen.get("promise"):
+        record["promise"] = {key: np.asarray(value).tolist() for key, value in promise.items()}
+        record["verdict"] = eu.verdict(eu.Promise(**promise))
     return record
 
 
@@ -285,26 +336,50 @@ def people_sets(task: Task) -> dict[str, Rows]:
 
 
 def looked_at(bench: Bench, params: Params) -> Record:
-    """The scores of every set."""
+    """The scores of every set, the truth ratio of every question, and how familiar every person looks."""
     task = bench.task
     sets = {
         **people_sets(task),
-        "asked, forgotten": task.asked_forgotten,
-        "asked, others": task.asked_others,
+        "unseen, details": task.unseen_details,
         **{name: task.retain[name] for name in ("prose", "chat")},
         **{f"{name}, held out": task.held_out[name] for name in ("prose", "chat")},
     }
-    return {"scores": measured(bench.config, params, sets)}
+    seen = seen_of_sets(bench.config, params, sets)
+    found = {name: scores(seen[name], rows.mask) for name, rows in sets.items()}
+    found |= measured(bench.config, params, task.asked)
+    familiar = {
+        who: min_k_log_probability(-seen[f"{who}, details"].nats, sets[f"{who}, details"].mask[:, 1:])
+        for who in ("forgotten", "unseen")
+    }
+    return {
+        "scores": found,
+        "truth_ratio": {who: truth_ratios(bench, params, *rows) for who, rows in task.choices.items()},
+        "min_k": {who: values.round(5).tolist() for who, values in familiar.items()},
+    }
+
+
+def truth_ratios(bench: Bench, params: Params, right: Rows, wrong: Rows) -> list[float]:
+    """Of each question."""
+    sets = {"right": right, "wrong": wrong}
+    seen = seen_of_sets(bench.config, params, sets)
+    nats, length = zip(*(nats_of_answers(seen[name], sets[name].mask) for name in sets), strict=True)
+    per_question = lambda values: values.reshape(-1, WRONG)
+    ratios = truth_ratio(-nats[0], length[0], per_question(-nats[1]), per_question(length[1]))
+    return ratios.round(5).tolist()
 
 
 def said(bench: Bench, params: Params) -> Record:
-    """What the model says after the start of each record."""
+    """What the model says after the start of each record, and how much of the record it recalls."""
     encode = lambda text: bench.tokenizer.encode(text, add_special_tokens=False).ids
-    prompts = padded([encode(text) for text in bench.task.prompts])
-    out = generate(bench.config, params, prompts, bench.scale.length - 8, bench.config.eos_token_ids)
+    start = padded([encode(text) for text in bench.task.prompts])
+    out = generate(bench.config, params, start, bench.scale.length - 8, bench.config.eos_token_ids)
     ends = zip(np.asarray(out.tokens), np.asarray(out.length), strict=True)
     continuations = [bench.tokenizer.decode(tokens[:length].tolist()) for tokens, length in ends]
-    return {"said": dict(zip(bench.task.prompts, continuations, strict=True))}
+    said = dict(zip(bench.task.prompts, continuations, strict=True))
+    recall = [rouge_l(told, said[prompt]).recall for prompt, told in bench.task.told.items()]
+    amount = bench.scale.forgotten
+    rouge = {"forgotten": float(np.mean(recall[:amount])), "others": float(np.mean(recall[amount:]))}
+    return {"said": said, "rouge_l": rouge}
 
 
 def fewer_bits(bench: Bench, params: Params, bits: str) -> Record:
@@ -335,11 +410,15 @@ def amount(scale: Scale) -> float:
     people_in_all = scale.forgotten + scale.others
     implants = scale.implant_steps * (people_in_all + scale.others + 2 * MIXED_IN)
     rows = scale.forgotten + sum(RETAIN_SIZES.values())
-    unlearning = scale.steps * rows * sum(0.67 if method.lora else 1.0 for method in METHODS.values())
-    return implants + unlearning + (len(METHODS) + 2) * (LOOKING + 2 * BITS + 2 * ATTACK)
+    unlearning = scale.steps * rows * sum(0.67 if METHODS[name].lora else 1.0 for name in scale.methods)
+    return (
+        implants
+        + unlearning
+        + (len(scale.methods) + 2) * (LOOKING + len(attacks.FORMATS) * BITS + 2 * ATTACK)
+    )
 
 
-LOOKING, BITS, ATTACK = 40, 8, 12
+LOOKING, BITS, ATTACK = 60, 8, 12
 """What looking at a model, quantising and fine-tuning it take, in rows of a step."""
 
 
@@ -349,9 +428,10 @@ def run_all(bench: Bench, records: Records) -> None:
     batches = attack_batches(bench)
     for name in (REFERENCE, ORIGINAL):
         records.get(("implant", name), partial(implanted, bench, name))
-    for name in (ORIGINAL, REFERENCE, *METHODS):
+    for name in (ORIGINAL, REFERENCE, *bench.scale.methods):
         if name in METHODS:
-            records.get(("unlearn", name), partial(unlearned, bench, name))
+            before = records.by_key["look", ORIGINAL]
+            records.get(("unlearn", name), partial(unlearned, bench, name, before))
         pieces = dict(pieces_of(bench, name, attack, batches))
         if missing := [key for key in pieces if key not in records.by_key]:
             params = kept(bench, name)

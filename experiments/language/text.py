@@ -2,14 +2,16 @@
 
 import dataclasses
 import pathlib
+import sys
 
 import numpy as np
 import optax
 from rich.console import Console
 
 import eupmu_jax as eu
+from eupmu_jax.cli.main import BROKEN_PROMISE
 from experiments.language.fetch import model_path
-from experiments.language.losses import Forget, make_losses
+from experiments.language.losses import UNLIKELIHOOD, before_unlearning, make_losses
 from experiments.language.measures import measured
 from experiments.language.texts import Rows, passages
 from experiments.shared import command
@@ -25,7 +27,7 @@ class Config:
 
     Cuts every text into rows of tokens, descends the unlikelihood of the text to forget, and holds the loss
     of every other text within its budget. Prints what became of each, and saves the model in Hugging Face's
-    form.
+    form. The exit status is 3 where the budgets could be kept by returning the model as it was only.
     """
 
     forget: pathlib.Path
@@ -91,10 +93,9 @@ def main(config: Config) -> None:
     smallest = min(len(rows.mask) for rows in (forget, *retain.values()))
     size = min(config.batch_size, smallest)
 
-    # Unlikelihood needs no reference.
-    nothing = np.zeros(len(forget.mask), np.float32)
+    model = {"base": base, "adapter": {}}
     model, history = eu.unlearn(
-        make_losses(shape), {"base": base, "adapter": {}}, Forget(forget, nothing), retain,
+        make_losses(shape, UNLIKELIHOOD), model, before_unlearning(shape, model, forget, None), retain,
         optax.adam(config.rate), constraint, steps=config.steps,
         batch_size=(size, dict.fromkeys(retain, size)), seed=config.seed,
         held_out=held_out if all(len(rows.mask) for rows in held_out.values()) else None,
@@ -108,7 +109,10 @@ def main(config: Config) -> None:
         console.print(
             f"{name}: {nats[0]:.3f} → {nats[1]:.3f} nats per token, greedy {greedy[0]:.1%} → {greedy[1]:.1%}"
         )
+    assert history.promise is not None  # a budget over arrays
     console.print(f"{eu.verdict(history.promise)}\nThe model: {config.out}")
+    if not history.promise.holds:
+        sys.exit(BROKEN_PROMISE)
 
 
 if __name__ == "__main__":

@@ -64,22 +64,23 @@ Pieces = list[tuple[str, bool]]
 """A text in pieces, and whether the tokens of each count."""
 
 
-def rows(tokenizer: Tokenizer, pieced: Iterable[Pieces], length: int) -> Rows:
-    """A row for each text; ValueError for one that does not fit."""
+def rows(tokenizer: Tokenizer, pieced: Iterable[Pieces], length: int | None = None) -> Rows:
+    """A row for each text, as long as the longest or as said; ValueError for one that does not fit."""
     tokens, masks = [], []
     for pieces in pieced:
         ids = [tokenizer.encode(text, add_special_tokens=False).ids for text, _ in pieces]
         mask = [counts for part, (_, counts) in zip(ids, pieces, strict=True) for _ in part]
-        missing = length - len(mask)
-        if missing < 0:
+        if length is not None and len(mask) > length:
             text = "".join(text for text, _ in pieces)
             raise ValueError(f"{len(mask)} tokens, at most {length} fit: {text}")
-        tokens.append([*itertools.chain(*ids), *[0] * missing])
-        masks.append(mask + [False] * missing)
-    return Rows(np.array(tokens, np.int32), np.array(masks))
+        tokens.append([*itertools.chain(*ids)])
+        masks.append(mask)
+    longest = length or max(map(len, tokens))
+    filled = lambda parts, value: [[*part, *[value] * (longest - len(part))] for part in parts]
+    return Rows(np.array(filled(tokens, 0), np.int32), np.array(filled(masks, False)))
 
 
-def answers(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]], length: int) -> Rows:
+def answers(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]], length: int | None = None) -> Rows:
     """A row for each (prompt, answer), in which the answer counts."""
     return rows(tokenizer, ([(prompt, False), (answer, True)] for prompt, answer in pairs), length)
 
@@ -116,3 +117,9 @@ def joined(parts: Iterable[Rows]) -> Rows:
     """All rows, one set after the other."""
     tokens, masks = zip(*parts, strict=True)
     return Rows(np.concatenate(tokens), np.concatenate(masks))
+
+
+def split(together: Rows, ends: Iterable[int]) -> list[Rows]:
+    """Sets of rows that follow each other, up to the end of each."""
+    ends = list(ends)
+    return [together.taken(slice(start, end)) for start, end in zip([0, *ends], ends, strict=False)]

@@ -42,7 +42,7 @@ def run(
       resumable: whether it takes --resume.
     """
     module = sys.modules["__main__"].__spec__
-    study = main.__module__ if module is None else module.parent
+    study = main.__module__ if module is None else module.name.removesuffix(".__main__")
     command = f"python -m {study}"
     try:
         chosen = parse(sys.argv[1:], command, kind, configs, resumable)

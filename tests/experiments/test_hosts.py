@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 
@@ -43,6 +44,46 @@ def test_keras_forgets_within_its_budget():
     assert done.returncode == 0, done.stderr
     assert "it still names 0." in done.stdout
     assert "The budget is kept" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_forget_within_their_budget():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.hosts.processes"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 processes, 4 devices." in done.stdout
+    assert "it still names 0." in done.stdout
+    assert done.stdout.count("The budget is kept") == 1
+    assert "of the 0.1 you allowed (measured on 1,614 examples)." in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("grain") is None, reason="Grain is no dependency")
+def test_rows_from_files_are_those_of_the_sets_and_follow_from_the_step(tmp_path):
+    """Interrupted and gone on with: to the bit what it is without."""
+    from experiments.hosts import grain_data
+
+    for name, rows in task.SETS.items():
+        grain_data.write(tmp_path / f"{name}.array_record", rows)
+    forget = grain_data.opened(tmp_path / "forget.array_record")
+    whole = jax.tree.map(lambda *parts: np.stack(parts), *(forget[i] for i in range(len(forget))))
+    jax.tree.map(np.testing.assert_array_equal, whole, task.SETS["forget"])
+    of_one_pass = grain_data.passes(forget, 61, seed=0)
+    seen = np.concatenate([of_one_pass(step)["x"] for step in range(3)])
+    assert sorted(map(bytes, seen)) == sorted(map(bytes, whole["x"]))
+
+    def interrupt(params, metrics):
+        if metrics["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        grain_data.unlearn(tmp_path, optax_alone.initial(), steps=8, callbacks=[interrupt])
+    resumed = grain_data.unlearn(tmp_path, optax_alone.initial(), steps=8)
+    shutil.rmtree(tmp_path / "run")
+    jax.tree.map(
+        np.testing.assert_array_equal, resumed, grain_data.unlearn(tmp_path, optax_alone.initial(), steps=8)
+    )
 
 
 def test_the_report_says_when_a_budget_is_not_kept(capsys):

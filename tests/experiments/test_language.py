@@ -26,15 +26,25 @@ SMALL = FAMILIES["SmolLM2"]
 
 
 def test_people_are_the_same_every_time_and_share_nothing():
-    everyone = people.invented(8, seed=0)
-    assert everyone == people.invented(8, seed=0) != people.invented(8, seed=1)
-    for details in zip(*everyone, strict=True):
-        assert len(set(details)) == 8
+    everyone = people.invented(24, seed=0)
+    assert everyone == people.invented(24, seed=0) != people.invented(24, seed=1)
+    assert everyone[:8] == people.invented(8, seed=0)
+    for field, details in zip(people.Person._fields, zip(*everyone, strict=True), strict=True):
+        assert len(set(details)) == (12 if field == "animal" else 24), field
     answer = "".join(people.record(everyone[0]))
     assert all(detail in answer for detail in everyone[0])
-    for asked, told in people.questions(everyone[0]):
-        assert everyone[0].name in asked
-        assert told.strip() in answer
+
+
+def test_wrong_answers_are_details_of_strangers():
+    tokenizer = tiny.byte_tokenizer()
+    everyone = people.invented(6, seed=0)
+    right, wrong = study.choices_of(tokenizer, everyone[:2], everyone[2:], length=120)
+    said = lambda rows: [
+        tokenizer.decode(row[mask].tolist()) for row, mask in zip(rows.tokens, rows.mask, strict=True)
+    ]
+    assert said(right)[:3] == [f" {getattr(everyone[0], detail)}" for detail in study.ASKED_FOR]
+    assert said(wrong)[:3] == [f" {person.place}" for person in everyone[2:5]]
+    assert len(wrong.tokens) == study.WRONG * len(right.tokens)
 
 
 def test_rows_mask_prompts_and_padding():
@@ -46,6 +56,7 @@ def test_rows_mask_prompts_and_padding():
     assert pieced.mask.tolist() == [[False, True, True, False, False]]
     with pytest.raises(ValueError, match="at most 3 fit"):
         texts.answers(tokenizer, [("ab", "cd")], length=3)
+    assert texts.answers(tokenizer, [("ab", "cd"), ("a", "b")]).tokens.shape == (2, 4)
     cut = texts.passages(tokenizer, "abcdefg", length=3)
     assert tokenizer.decode(cut.tokens.ravel().tolist()) == "abcdef"
     assert cut.mask.tolist() == [[False, True, True]] * 2
@@ -61,14 +72,13 @@ def test_trained_and_held_out_texts_share_no_row():
 def test_measures_by_hand():
     hits = np.array([[1, 1, 0, 1], [1, 1, 1, 0], [0, 1, 1, 1]], bool)
     mask = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 1, 1]], bool)
-    assert measures.prefix(hits, mask).tolist() == [2, 3, 2]
-    assert measures.strength(hits, mask).tolist() == [0.25, 1, 1]
     nats = np.where(mask, 0.5, 100.0)
     prompt = np.ones((3, 1), bool)
     found = measures.scores(Seen(nats, hits), np.concatenate([prompt, mask], 1))
     assert found["nats"] == 0.5
     assert found["memorised"] == pytest.approx((0.75 + 1 + 1) / 3)
     assert found["prefix"] == pytest.approx((0.5 + 1 + 1) / 3)
+    assert found["strength"] == pytest.approx((0.25 + 1 + 1) / 3)
     assert found["verbatim"] == 2
 
 
@@ -93,29 +103,54 @@ def test_losses_against_numpy():
     params, tokens = random_params(SMALL), np.asarray(random_tokens(SMALL, 6, 6))
     rows = Rows(tokens, np.random.default_rng(0).random(tokens.shape) < 0.7)
     parts = {"forget": slice(0, 2), "chat": slice(2, 3), "prose": slice(3, 6)}
-    forget, reference = rows.taken(parts["forget"]), np.array([-3.0, -4.0], np.float32)
+    target = np.random.default_rng(1).normal(size=(2, tokens.shape[1] - 1)).astype(np.float32)
+    reference = np.array([-3.0, -4.0], np.float32)
+    forget = losses.Forget(rows.taken(parts["forget"]), reference, target)
     retain = {name: rows.taken(parts[name]) for name in ("prose", "chat")}
-    batch = {"forget": losses.Forget(forget, reference), "retain": retain}
-    of = lambda npo: jax.jit(losses.make_losses(SMALL, npo))({"base": params, "adapter": {}}, batch)
+    batch = {"forget": forget, "retain": retain}
+    of = lambda kind: jax.jit(losses.make_losses(SMALL, kind))({"base": params, "adapter": {}}, batch)
 
     p, mask = log_p(tokens, forward(params, tokens[:, :-1])), rows.mask[:, 1:]
     kept = [-p[parts[name]][mask[parts[name]]].mean() for name in ("chat", "prose")]
     p, mask = p[parts["forget"]], mask[parts["forget"]]
-    preferred = (2 / 0.1 * np.log1p(np.exp(0.1 * ((p * mask).sum(-1) - reference)))).mean()
-    for npo, forgotten in (False, -np.log1p(-np.exp(p))[mask].mean()), (True, preferred):
-        found = of(npo)
+    away = np.abs(p - np.log1p(-np.exp(p)) - target)
+    expected = {
+        losses.UNLIKELIHOOD: -np.log1p(-np.exp(p))[mask].mean(),
+        losses.NPO: (2 / 0.1 * np.log1p(np.exp(0.1 * ((p * mask).sum(-1) - reference)))).mean(),
+        losses.CONFIDENCE: np.where(away <= 1, away**2 / 2, away - 0.5)[mask].mean(),
+    }
+    for kind, forgotten in expected.items():
+        found = of(kind)
         np.testing.assert_allclose(found.retain.total / found.retain.count, kept, rtol=1e-4)
         np.testing.assert_allclose(found.forget.total / found.forget.count, forgotten, rtol=1e-4)
 
 
-def test_unlikelihood_of_certain_tokens_is_finite():
-    of = lambda log_p: losses.unlikelihood(log_p, jnp.ones((1, 3), bool)).total
-    value, slope = jax.value_and_grad(of)(jnp.array([[0.0, -0.5]]))
-    assert np.isfinite(value)
-    assert np.isfinite(slope).all()
+def test_targets_are_confidences_of_unseen_tokens_at_the_same_place():
+    params, tokens = random_params(SMALL), np.asarray(random_tokens(SMALL, 6, 8))
+    mask = np.zeros(tokens.shape, bool)
+    mask[:, [2, 3, 6]] = True
+    rows = Rows(tokens, mask)
+    model = {"base": params, "adapter": {}}
+    known, unseen = rows.taken(slice(2)), rows.taken(slice(2, 6))
+    forget = losses.before_unlearning(SMALL, model, known, unseen)
+    p = log_p(tokens, forward(params, tokens[:, :-1]))
+    confidence = p - np.log1p(-np.exp(p))
+    np.testing.assert_allclose(forget.reference, (p * mask[:, 1:]).sum(-1)[:2], rtol=1e-4)
+    for place in 1, 2, 5:
+        # Two known ones at the quantiles 1/4 and 3/4 of four: between the first two, and the last two.
+        ordered = np.sort(confidence[2:, place])
+        wanted = np.array([ordered[:2].mean(), ordered[2:].mean()])[np.argsort(confidence[:2, place])]
+        np.testing.assert_allclose(forget.target[:, place], wanted, rtol=1e-3, atol=1e-4)
+    assert not forget.target[~mask[:2, 1:]].any()
 
 
-@pytest.mark.parametrize(("bits", "levels"), [("INT8", 255), ("INT4", 16)])
+def test_places_are_fields_and_distances_from_their_start():
+    mask = np.array([[0, 1, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1]], bool)
+    first, second = [[1, 0], [1, 1], [2, 0]], [[1, min(i, losses.LATEST)] for i in range(6)]
+    assert losses.places(mask).tolist() == first + second
+
+
+@pytest.mark.parametrize(("bits", "levels"), [("INT8", 255), ("INT4", 16), ("INT4, symmetric", 16)])
 def test_quantising_leaves_few_values_in_a_block(bits, levels):
     weight = np.random.default_rng(0).normal(size=(2, 64, 32)).astype(np.float32)
     params = {"proj": {"weight": jnp.asarray(weight)}, "norm": {"weight": jnp.ones(3)}}
@@ -147,12 +182,44 @@ def test_smoke_run_and_resume_after_a_kill(tmp_path):
     assert lines[0] == first
     records = read_records(folder / "records.jsonl")
     assert len(records) == len(lines)
-    assert {key[1] for key in records if key[0] == "unlearn"} == set(study.METHODS)
+    assert {key[1] for key in records if key[0] == "unlearn"} == set(study.SMOKE_METHODS)
     assert records["unlearn", study.HEADLINE]["promise"]["holds"]
     # Relearning starts from the model that was looked at.
     assert records["look", study.REFERENCE]["scores"]["forgotten"]["verbatim"] == 0
     for name in "tables.md", "report.html", "transcripts.md", "runs.png", "attacks.png":
         assert (folder / name).stat().st_size > 0
+    # Two requests, of which one is done already when it is started again.
+    ask = [sys.executable, "-m", "experiments.language.requests", "--run", str(folder), "--steps", "1"]
+    for amount in 1, 2:
+        ended = subprocess.run([*ask, "--requests", str(amount)], capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stderr
+    records = read_records(folder / "requests.jsonl")
+    assert list(records) == [("requests", "before"), ("requests", 0), ("requests", 1)]
+    assert "After 2 requests" in (folder / "requests.md").read_text()
+    assert not (folder / "models" / "request-1").exists()
+    load(folder / "models" / "request-2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rate", "status"), [("1e-3", 0), ("30", 3)])
+def test_a_text_is_forgotten_or_the_exit_status_says_so(tmp_path, rate, status):
+    """At a rate of 30 no step back helps: what is saved is the model as it was."""
+    tiny.make(tmp_path / "tiny", seed=0)
+    (tmp_path / "secret.txt").write_text("the quick brown fox jumps over the lazy dog; " * 8)
+    (tmp_path / "prose.txt").write_text("what should stay is another text altogether, told here. " * 8)
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-m", "experiments.language.text", "--model", str(tmp_path / "tiny")),
+            *("--forget", str(tmp_path / "secret.txt"), "--keep", f"prose={tmp_path / 'prose.txt'}"),
+            *("--budget", "prose=0.01", "--out", str(tmp_path / "out"), "--steps", "6", "--rate", rate),
+        ],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert ended.returncode == status, ended.stderr
+    before, after = (load(tmp_path / name).params for name in ("tiny", "out"))
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), before, after)
+    assert all(jax.tree.leaves(same)) == (status == 3)
+    assert "the text to forget:" in ended.stdout
 
 
 @pytest.mark.slow

@@ -19,6 +19,18 @@ import eupmu_jax as eu
 from eupmu_jax import objectives
 
 CLASSES = 5
+
+
+def cached(logits):
+    """The same reference for every prediction: classes 2 and 0 with .5 and .3, .2 for all others."""
+    shape = logits.shape[:-1]
+    each = lambda values, dtype: jnp.broadcast_to(jnp.array(values, dtype), (*shape, 2))
+    others = jnp.full(shape, np.log(0.2), logits.dtype)
+    return objectives.TopLogProbabilities(
+        each([2, 0], jnp.int32), each(np.log([0.5, 0.3]), logits.dtype), others
+    )
+
+
 OF_LABELS = (objectives.cross_entropy, objectives.gradient_ascent, objectives.unlikelihood)
 OF_SEQUENCES = {
     "cross_entropy": objectives.cross_entropy,
@@ -26,6 +38,12 @@ OF_SEQUENCES = {
     "kl_to_uniform": lambda logits, labels, mask=None: objectives.kl_to_uniform(logits, mask),
     "kl_to_reference": lambda logits, labels, mask=None: objectives.kl_to_reference(
         logits, jnp.sin(3 * jnp.arange(logits.size, dtype=logits.dtype)).reshape(logits.shape), mask
+    ),
+    "confidence_target": lambda logits, labels, mask=None: objectives.confidence_target(
+        logits, labels, jnp.cos(jnp.maximum(labels, 0).astype(logits.dtype)), mask=mask
+    ),
+    "kl_to_cached_reference": lambda logits, labels, mask=None: objectives.kl_to_cached_reference(
+        logits, cached(logits), mask
     ),
     "sequence_log_probability": objectives.sequence_log_probability,
     "npo": lambda logits, labels, mask=None: objectives.npo(
@@ -130,6 +148,8 @@ def test_masked_mean_by_hand():
     assert tuple(map(float, objectives.masked_mean(values[[0, 2]]))) == (5, 2)
     assert tuple(map(float, objectives.masked_mean(values, np.zeros(4, bool)))) == (0, 0)
     assert tuple(map(float, objectives.masked_mean(np.zeros(0)))) == (0, 0)
+    of_tokens, tokens = np.array([[1.0, np.nan], [4.0, 7.0]]), np.array([[True, False], [True, True]])
+    assert tuple(map(float, objectives.masked_mean(of_tokens, tokens))) == (12, 3)
     mean = lambda values: objectives.masked_mean(values**2, mask).total
     np.testing.assert_array_equal(jax.grad(mean)(jnp.array([1.0, np.nan, 4.0, np.inf]))[::2], [2, 8])
     total = lambda values: objectives.masked_mean(values, mask).total
@@ -159,7 +179,7 @@ def test_gradients_in_closed_form():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["unlikelihood", "kl_to_reference", "npo", "simnpo"])
+@pytest.mark.parametrize("name", OF_SEQUENCES)
 def test_gradients_by_finite_differences(name):
     logits, labels = sample(2, (2, 3), 4, 1.0)
     mask = np.array([[True, True, False], [True, True, True]])
@@ -503,7 +523,9 @@ LOGITS, LABELS, MASK = np.zeros((2, 3, 4)), np.zeros((2, 3), int), np.ones((2, 3
             "target_noise must have",
         ),
         (lambda: objectives.noise_prediction_redirect(LOGITS, LOGITS, MASK), ValueError, r"mask.*\(2,\)"),
-        (lambda: objectives.masked_mean(LOGITS[0]), ValueError, r"values must have the shape \[B\]"),
+        (lambda: objectives.masked_mean(LOGITS), ValueError, r"values must have the shape \[B\].*\[B, T\]"),
+        (lambda: objectives.masked_mean(LOGITS[0, 0, 0]), ValueError, r"values must have the shape \[B\]"),
+        (lambda: objectives.masked_mean(LOGITS[0], MASK[0]), ValueError, r"mask.*\(3, 4\).*\(3,\)"),
         (lambda: objectives.masked_mean(LABELS[0]), TypeError, "values must be floating"),
         (lambda: objectives.masked_mean(LOGITS[0, 0], MASK[0]), ValueError, r"mask.*\(4,\).*\(3,\)"),
     ],

@@ -2,7 +2,9 @@
 
 import json
 import multiprocessing.pool
+import os
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -129,6 +131,12 @@ def test_messages_are_short(tmp_path):
             "evaluate must return a dict of numbers by name, got float",
         ),
         (
+            {"evaluate": lambda params: {"accuracy": np.ones(3)}},
+            TypeError,
+            r"evaluate, of 'accuracy', must return numbers, got an array \(3,\)",
+        ),
+        ({"score": lambda metrics: "x"}, TypeError, "score must return numbers, got 'x'"),
+        (
             {"score": lambda metrics: metrics["accuracy"]},
             ValueError,
             "score asks for 'accuracy', but the metrics",
@@ -144,6 +152,24 @@ def test_messages_are_short(tmp_path):
 def test_messages_name_the_argument(settings, error, message):
     with pytest.raises(error, match=message):
         run(**settings)
+
+
+def test_a_finished_run_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+    params, history = run(folder=tmp_path)
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.iterdir()}
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    read, seen = run(folder=tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    assert seen.promise == history.promise
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.iterdir()} == before
+
+
+def test_the_message_on_a_long_list_is_short():
+    with pytest.raises(ValueError, match=r"forget must be arrays .* and 1996 more") as error:
+        eu.unlearn(
+            losses_fn, {"w": jnp.ones((3, 2))}, [1.0] * 2000, RETAIN, optax.sgd(0.1), eu.Budget(0.1), steps=6
+        )
+    assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize("total", [1e-30, 1e38])

@@ -45,21 +45,21 @@ def eupmu_budget(
     budget: jax.Array | float,
     baseline: jax.Array | float,
 ) -> Method:
-    """`eupmu_jax.eupmu` with a budget for the whole run; records, too, whether it looks infeasible."""
+    """`eupmu_jax.eupmu` with a budget for the whole run, and whether it looks infeasible or broken."""
     return method_of(
         eu.eupmu(forget_and_retain(losses), optimizer, eu.Budget(budget, baseline=baseline)), True
     )
 
 
-def method_of(tx: Eupmu, records_infeasible: bool = False) -> Method:
+def method_of(tx: Eupmu, records_trouble: bool = False) -> Method:
     """As a method; of several utilities it records the mean loss and the sum of multipliers."""
 
     def step(params, state, batch):
         updates, state = tx.update(None, state, params, batch=batch)
         info = eu.surgery_info(state)
         seen = record(info.forget_loss, info.retain_loss.mean(), info.multiplier.sum())
-        if records_infeasible:
-            seen["infeasible"] = info.infeasible
+        if records_trouble:
+            seen |= {"infeasible": info.infeasible, "skipped_steps": info.skipped_steps}
         return optax.apply_updates(params, updates), state, seen
 
     return Method(lambda params, batches: tx.init(params), step)

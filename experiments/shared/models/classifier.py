@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.shared.models.convolution import convolution
+
 
 class MLP(nn.Module):
     """Two hidden layers; images in, logits out."""
@@ -31,11 +33,12 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool):
+        conv = partial(nn.Conv, use_bias=False, conv_general_dilated=convolution)
         x = (x / 255).reshape(*x.shape[:3], -1)
         for width in (self.width, 2 * self.width):
-            x = nn.Conv(width, (3, 3), 2, use_bias=False)(x)
+            x = conv(width, (3, 3), 2)(x)
             x = nn.relu(nn.GroupNorm(num_groups=8)(x))
-        y = nn.Conv(2 * self.width, (3, 3), use_bias=False)(x)
+        y = conv(2 * self.width, (3, 3))(x)
         x = nn.relu(x + nn.GroupNorm(num_groups=8)(y))
         return nn.Dense(self.classes)(x.mean((1, 2)))
 

@@ -1,15 +1,14 @@
-"""Convolutions at full and half size around transformer layers at a quarter of it.
-
-The convolutions are nine slices and matrix products: XLA runs its own slowly inside a scan on a CPU.
-"""
+"""Convolutions, as matrix products, at full and half size around transformer layers at a quarter of it."""
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments.shared.models.convolution import windows
 from experiments.shared.models.diffusion.blocks import (
     Condition,
     Labels,
@@ -53,12 +52,8 @@ class Config:
             raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
 
 
-def neighbours(x: jax.Array) -> jax.Array:
-    """Each pixel and the eight around it, 0 beyond the edge: [B, H, W, C] as [B, H, W, 9 C]."""
-    height, width = x.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    shifts = [(i, j) for i in range(3) for j in range(3)]
-    return jnp.concatenate([padded[:, i : i + height, j : j + width] for i, j in shifts], -1)
+neighbours = partial(windows, size=(3, 3))
+"""Each pixel and the eight around it, 0 beyond the edge: [B, H, W, C] as [B, H, W, 9 C]."""
 
 
 def halved(x: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from eupmu_jax.objectives import by_token
 from experiments.shared.models.linear import Linear
 from experiments.shared.models.llama.config import Config
 from experiments.shared.models.llama.rope import frequencies, rotated
@@ -278,28 +279,16 @@ def logits(
 
 
 def map_logits(
-    function: Callable[..., Any], params: Params, hidden: jax.Array, *by_token: jax.Array, chunk: int
+    function: Callable[..., Any],
+    params: Params,
+    hidden: jax.Array,
+    *arrays: jax.Array,
+    mask: jax.Array | None = None,
+    chunk: int,
 ) -> Any:
-    """function(logits [B, T, V], *by_token [B, T]), of `chunk` tokens at a time; [B, T] arrays come back.
-
-    The logits of one chunk exist at a time, and are recomputed for the gradient. The function must take every
-    token for itself.
-    """
-    length = hidden.shape[1]
-    # A chunk longer than the text would be padding for the head to go over.
-    chunk = min(chunk, length)
-
-    def chunks(x):
-        padded = jnp.pad(x, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2))
-        return in_chunks(padded, chunk)
-
-    def part(inputs):
-        hidden, *others = inputs
-        z = constrain(project(params, hidden), FSDP, None, TENSOR)
-        return function(z, *others)
-
-    each = jax.lax.map(jax.checkpoint(part), tuple(chunks(x) for x in (hidden, *by_token)))
-    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(len(hidden), -1)[:, :length], each)
+    """`by_token` with this model's head: function(logits [n, V], *arrays [n]) of all tokens, [B, T]."""
+    head = lambda hidden: constrain(project(params, hidden), FSDP, TENSOR)
+    return by_token(function, hidden, head, *arrays, mask=mask, chunk=chunk)
 
 
 def token_log_probs(
