@@ -104,8 +104,8 @@ def smaller(task: Task) -> Task:
         size=size, channels=channels, patch=size // 2, width=16, layers=2, heads=2, labels=task.sizes
     )
     scale = task.scale._replace(
-        recipe=Recipe(100, memory=0.9), judge_steps=100, steps=10, adapter_steps=5, samples=30,
-        relearning_steps=4, search_steps=4, methods=("EUPMU budget", "SalUn"),
+        recipe=Recipe(100, memory=0.9), judge_steps=100, steps=10, batch_size=32, adapter_steps=5,
+        samples=30, relearning_steps=4, search_steps=4, methods=("EUPMU budget", "SalUn"),
     )  # fmt: skip
     train, held_out = task.train.taken(slice(640)), task.held_out.taken(slice(200))
     return task._replace(train=train, held_out=held_out, make=partial(dit.DiT, shape), scale=scale)
