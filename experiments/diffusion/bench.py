@@ -6,14 +6,12 @@ from typing import NamedTuple
 from experiments.diffusion.attacks import Attacks, make_attacks
 from experiments.diffusion.judge import Judge, make_judge
 from experiments.diffusion.measures import Drawer, make_drawer
+from experiments.diffusion.ready import JUDGE as JUDGE
 from experiments.diffusion.tasks import Scale, Task
 from experiments.shared.models.diffusion.network import Network, Params, make_network
 from experiments.shared.models.diffusion.training import Train, make_trainer
 from experiments.shared.models.files import load_params, save_params
 from experiments.shared.testbed import Progress
-
-JUDGE = "judge"
-"""The name of the judge's file, beside those of the models."""
 
 
 class Bench(NamedTuple):
@@ -53,8 +51,8 @@ def make_bench(task: Task, folder: pathlib.Path, seed: int, progress: Progress) 
         progress,
         network,
         make_trainer(network, scale.recipe),
-        make_judge(task.sizes, shape),
-        make_drawer(network, shape),
+        make_judge(task.sizes, shape, task.judge),
+        make_drawer(network, shape, scale.samples // 3, scale.guidance),
         make_attacks(network, scale.relearning_rate, scale.search_rate),
     )
 

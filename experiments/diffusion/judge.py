@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.shared.models.convolution import convolution
 from experiments.shared.models.diffusion.training import Pictures
 
 # Seen on clean images alone it would be sure of what is none.
@@ -28,6 +29,21 @@ class MLP(nn.Module):
         x = x.reshape(len(x), -1)
         for width in self.widths:
             x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(self.outputs)(x), x
+
+
+class CNN(nn.Module):
+    """The same, with two convolutions before the hidden units."""
+
+    outputs: int
+    width: int = 16
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        conv = partial(nn.Conv, kernel_size=(3, 3), conv_general_dilated=convolution)
+        x = nn.relu(conv(self.width)(x))
+        x = nn.relu(conv(2 * self.width, strides=2)(x))
+        x = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
         return nn.Dense(self.outputs)(x), x
 
 
@@ -52,9 +68,11 @@ class Judge(NamedTuple):
     labels: Callable[[Any, jax.Array], jax.Array]
 
 
-def make_judge(sizes: tuple[int, ...], shape: tuple[int, ...]) -> Judge:
+def make_judge(
+    sizes: tuple[int, ...], shape: tuple[int, ...], network: Callable[[int], nn.Module] = MLP
+) -> Judge:
     """`shape` is that of one image."""
-    module = MLP(sum(sizes))
+    module = network(sum(sizes))
     ends = np.cumsum(sizes)[:-1]
 
     def heads(params: Any, x: jax.Array) -> tuple[list[jax.Array], jax.Array]:

@@ -45,7 +45,7 @@ def looked_at(bench: Bench, name: str, params: Params) -> Record:
 
 def concept_pictures(bench: Bench) -> Pictures:
     task = bench.task
-    return task.train.taken(task.concepts[0].asked_for(task.train.labels))
+    return task.given.taken(task.concepts[0].asked_for(task.given.labels))
 
 
 def asked_for_concept(bench: Bench, params: Params, amount: int) -> jax.Array:

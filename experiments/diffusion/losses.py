@@ -5,14 +5,13 @@ pictures to forget and those to retain together.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 import eupmu_jax as eu
 from eupmu_jax import objectives
-from experiments.diffusion.tasks import Concept
 from experiments.shared.methods.method import LossFunctions
 from experiments.shared.models.diffusion.network import Network, Params
 from experiments.shared.models.diffusion.training import (
@@ -25,6 +24,13 @@ from experiments.shared.models.lora import Adapter
 
 Model = dict[str, Any]
 """What `unlearn` is given: "params", "adapter" (low-rank weights or nothing), and the frozen "original"."""
+
+
+class Concept(Protocol):
+    """What is forgotten: other labels in place of those that ask for it."""
+
+    def redirected(self, labels: Any) -> Any: ...
+
 
 Part = tuple[float, Callable[[Concept, jax.Array], jax.Array]]
 """A weight, and (concept, labels) -> labels."""
@@ -40,7 +46,7 @@ def nothing(concept: Concept, labels: jax.Array) -> jax.Array:
     return jnp.full_like(labels, -1)
 
 
-TO_ANOTHER = Redirect(((1.0, Concept.redirected),))
+TO_ANOTHER = Redirect(((1.0, lambda concept, labels: concept.redirected(labels)),))
 TO_NOTHING = Redirect(((1.0, nothing),))
 # Away from the concept by as much as guidance would go towards it (Gandikota et al., arXiv 2303.07345).
 AWAY = Redirect(((2.0, nothing), (-1.0, lambda concept, labels: labels)))
@@ -70,10 +76,28 @@ def together(sets: Mapping[Any, Pictures] | Pictures) -> tuple[Pictures, list[in
     return joined, [len(part.x) for part in parts]
 
 
+FURTHEST = 2.0
+"""Of the vectors around a label's, the largest standard deviation; the vectors' own entries are near 0.5."""
+
+
+def around(key: jax.Array, asked: jax.Array) -> jax.Array:
+    """Half of the vectors [B, width] as they are, half with noise added, of a random size up to FURTHEST."""
+    sizes, noises = jax.random.split(key)
+    size = FURTHEST * jnp.maximum(jax.random.uniform(sizes, (len(asked), 1), minval=-1), 0)
+    return asked + size * jax.random.normal(noises, asked.shape)
+
+
 def make_losses(
-    network: Network, concept: Concept, redirect: Redirect, adapter_scale: float = 1.0
+    network: Network,
+    concept: Concept,
+    redirect: Redirect,
+    adapter_scale: float = 1.0,
+    whatever_asked: bool = False,
 ) -> Callable[[Model, Any], eu.Losses]:
-    """The redirect of velocities, and the rise of the denoising loss, of each set where retain is a dict."""
+    """The redirect of velocities, and the rise of the denoising loss, of each set where retain is a dict.
+
+    With `whatever_asked` the pictures of the concept are redirected for vectors around its label's as well.
+    """
 
     def losses_fn(model: Model, batch: Any) -> eu.Losses:
         keys = jax.random.split(batch["key"])
@@ -82,12 +106,14 @@ def make_losses(
         retain = noised_pictures(keys[1], pictures)
         params = model["params"]
         adapters = [Adapter(adapter_scale, model["adapter"])] if model["adapter"] else []
-        labels = jnp.concatenate([forget.labels, retain.labels])
+        of_forget, of_retain = (network.embed(params, part.labels) for part in (forget, retain))
+        if whatever_asked:
+            of_forget = around(jax.random.fold_in(keys[0], 1), of_forget)
         predicted = network.predict(
             params,
             jnp.concatenate([forget.x, retain.x]),
             jnp.concatenate([forget.t, retain.t]),
-            network.embed(params, labels),
+            jnp.concatenate([of_forget, of_retain]),
             adapters,
         )
         forgotten, kept = jnp.split(predicted, [len(forget.x)])

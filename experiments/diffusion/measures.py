@@ -34,40 +34,46 @@ class Drawer(NamedTuple):
     losses: Callable[[Params, Pictures], np.ndarray]
 
 
-def in_parts(function: Callable[..., Any], *arrays: Any) -> np.ndarray:
+def in_parts(function: Callable[..., Any], *arrays: Any, at_once: int = ROWS_AT_ONCE) -> np.ndarray:
     """function(number of the part, *parts) of so many rows at a time; the last ones are filled up."""
     amount, found = len(arrays[0]), []
-    for index, start in enumerate(range(0, amount, ROWS_AT_ONCE)):
-        rows = np.resize(np.arange(start, min(start + ROWS_AT_ONCE, amount)), ROWS_AT_ONCE)
+    for index, start in enumerate(range(0, amount, at_once)):
+        rows = np.resize(np.arange(start, min(start + at_once, amount)), at_once)
         found.append(np.asarray(function(index, *(array[rows] for array in arrays))))
     return np.concatenate(found)[:amount]
 
 
-def make_drawer(network: Network, shape: tuple[int, ...]) -> Drawer:
-    """`shape` is that of one image."""
+def make_drawer(
+    network: Network,
+    shape: tuple[int, ...],
+    at_once: int = ROWS_AT_ONCE,
+    guidance: float = GUIDANCE,
+) -> Drawer:
+    """`shape` is that of one image; so many are drawn at once, with `guidance` unless another one is said."""
+    usual = guidance
 
     @jax.jit
     def from_noised(params, key, x, asked, guidance, start):
         return sample(guided(network, params, asked, guidance), key, x, start=start)
 
-    noise = jax.jit(lambda key: jax.random.normal(key, (ROWS_AT_ONCE, *shape)))
+    noise = jax.jit(lambda key: jax.random.normal(key, (at_once, *shape)))
     partly = jax.jit(partly_noised)
     key_of = lambda seed, index: jax.random.fold_in(jax.random.key(seed), index)
 
-    def draw(params: Params, asked: jax.Array, seed: int, guidance: float = GUIDANCE) -> np.ndarray:
+    def draw(params: Params, asked: jax.Array, seed: int, guidance: float = usual) -> np.ndarray:
         def part(index, asked):
             key = key_of(seed, index)
             return from_noised(params, key, noise(key), asked, jnp.float32(guidance), jnp.float32(LATEST))
 
-        return in_parts(part, asked)
+        return in_parts(part, asked, at_once=at_once)
 
     def redraw(params: Params, images: np.ndarray, asked: jax.Array, seed: int, start: float) -> np.ndarray:
         def part(index, images, asked):
             key = key_of(seed, index)
             x = partly(key, images, jnp.float32(start))
-            return from_noised(params, key, x, asked, jnp.float32(GUIDANCE), jnp.float32(start))
+            return from_noised(params, key, x, asked, jnp.float32(usual), jnp.float32(start))
 
-        return in_parts(part, images, asked)
+        return in_parts(part, images, asked, at_once=at_once)
 
     @jax.jit
     def some_losses(params, key, pictures):
@@ -76,7 +82,7 @@ def make_drawer(network: Network, shape: tuple[int, ...]) -> Drawer:
 
     def losses(params: Params, pictures: Pictures) -> np.ndarray:
         part = lambda index, x, labels: some_losses(params, key_of(0, index), Pictures(x, labels))
-        return in_parts(part, *pictures)
+        return in_parts(part, *pictures, at_once=at_once)
 
     return Drawer(draw, redraw, jax.jit(network.embed), losses)
 
@@ -102,7 +108,7 @@ def shares(task: Task, concept: Concept, seen: Seen) -> list[float]:
 
 def kept_pictures(task: Task) -> Pictures:
     """All real pictures without the concept that is forgotten."""
-    both = Pictures(*(np.concatenate(arrays) for arrays in zip(task.train, task.held_out, strict=True)))
+    both = Pictures(*(np.concatenate(arrays) for arrays in zip(task.given, task.held_out, strict=True)))
     return both.taken(~task.concepts[0].asked_for(both.labels))
 
 
@@ -110,6 +116,14 @@ def right(seen: Seen, labels: np.ndarray, without: Sequence[Concept]) -> float:
     """The share of images with all the labels that were asked for, of those without the concepts."""
     counts = ~np.any([concept.asked_for(labels) for concept in without], 0)
     return float((seen.labels == labels).all(-1)[counts].mean())
+
+
+def right_by_nearness(concept: Concept, seen: Seen, labels: np.ndarray) -> dict[str, float]:
+    """Of what is near the concept and of what is not, where it says what is near."""
+    near = np.isin(labels[:, concept.attribute], concept.near)
+    correct = (seen.labels == labels).all(-1)
+    parts = {"right, near": correct[near], "right, far": correct[~near]} if concept.near else {}
+    return {name: float(part.mean()) for name, part in parts.items()}
 
 
 def drawn(
@@ -124,9 +138,9 @@ def drawn(
 
     Returns:
       "still": by name of each concept, the share of its samples in which the judge sees it; "shares" of the
-      values in samples of the first; "nothing", the share of the first in samples of nothing; "right" and
-      "right of none", of the kept samples, without the first concept and without any; "distance" of their
-      features to real ones; "images", those of the first concept and of what is kept.
+      values in samples of the first; "nothing", the share of the first in samples of nothing; "right", of the
+      kept samples, "right of none", of those without any of the concepts, and "right, near" and "right, far";
+      "distance" of their features to real ones; "images", those of the first concept and of what is kept.
     """
     concept = task.concepts[0]
     gone, kept = prompts(task, concept, amount)
@@ -148,6 +162,7 @@ def drawn(
         "nothing": still(concept, of_nothing),
         "right": right(of_kept, kept, [concept]),
         "right of none": right(of_kept, kept, task.concepts),
+        **right_by_nearness(concept, of_kept, kept),
         "distance": distance(of_kept.features, real),
         "images": (images[: ends[0]], images[ends[0] : ends[1]]),
     }
@@ -162,7 +177,7 @@ def mean_losses(task: Task, drawer: Drawer, params: Params) -> dict[str, float]:
     """The denoising loss of what is kept, in training and held-out pictures, and of the concept."""
     concept = task.concepts[0]
     found = {}
-    for name, pictures in (("train", task.train), ("held out", task.held_out)):
+    for name, pictures in (("train", task.given), ("held out", task.held_out)):
         each, gone = drawer.losses(params, pictures), concept.asked_for(pictures.labels)
         found |= {f"kept, {name}": float(each[~gone].mean()), f"gone, {name}": float(each[gone].mean())}
     return found

@@ -1,7 +1,7 @@
 """The methods that are compared, all with Adam, at the same number of steps and the same rate."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import optax
@@ -21,20 +21,26 @@ FALL = 0.01
 """How much that loss is asked to fall in a step, of what it was, where a method asks for it."""
 
 
+Utilities = Literal["together", "near and far", "each class"]
+
+
 class Unlearning(NamedTuple):
     """What `eu.unlearn` is given.
 
     Attributes:
       constraint: from the original's loss of what is retained, or those of each class.
       redirect: what is predicted in the concept's place.
-      each_class: whether every class that is kept is a utility.
+      utilities: what has a retain loss of its own: nothing, what is near the concept and what is far from it,
+        or every class that is kept.
+      whatever_asked: whether the concept's pictures are redirected for vectors around its label's, too.
       multiplier: the weight of the retain losses that it starts from, in all.
     """
 
     constraint: Callable[[np.ndarray], Constraint]
     redirect: Redirect = TO_ANOTHER
-    each_class: bool = False
+    utilities: Utilities = "together"
     multiplier: float = 1.0
+    whatever_asked: bool = False
 
 
 class Peer(NamedTuple):
@@ -59,9 +65,12 @@ def constant(losses: np.ndarray) -> Constraint:
 
 
 HEADLINE = "EUPMU budget"
+NEAR_AND_FAR = "EUPMU budget, near and far"
 METHODS: dict[str, Unlearning | Peer] = {
     HEADLINE: Unlearning(budget),
-    "EUPMU budget, each class": Unlearning(budget, each_class=True),
+    NEAR_AND_FAR: Unlearning(budget, utilities="near and far"),
+    "EUPMU budget, each class": Unlearning(budget, utilities="each class"),
+    "EUPMU budget, whatever is asked": Unlearning(budget, whatever_asked=True),
     "EUPMU lagged": Unlearning(lambda losses: eu.Tolerance(0.0)),
     "EUPMU look-ahead": Unlearning(lambda losses: eu.Tolerance(0.0, measure="lookahead")),
     "EUPMU look-ahead, a fall": Unlearning(lambda losses: eu.Tolerance(-FALL * losses, measure="lookahead")),

@@ -11,7 +11,7 @@ from experiments.diffusion import attacks, study
 from experiments.diffusion.bench import JUDGE, file_name
 from experiments.diffusion.looks import SHOWN
 from experiments.diffusion.methods import BUDGET_SHARE, HEADLINE
-from experiments.diffusion.tasks import GUIDANCE, Task
+from experiments.diffusion.tasks import Task
 from experiments.diffusion.unlearning import RANK
 from experiments.shared.records import RecordsByKey
 from experiments.shared.report import ORIGINAL, RETRAIN, Frame, Origin, Picture, Section, grid, save
@@ -40,6 +40,7 @@ def main_table(task: Task, records: RecordsByKey) -> Frame:
             f"{names[concept.instead]} in its place": f"{of['shares'][concept.instead]:.3f}",
             f"{names[concept.value]} in samples of nothing": f"{of['nothing']:.3f}",
             "others right": f"{of['right']:.3f}",
+            **{part: f"{of[part]:.3f}" for part in ("right, near", "right, far") if part in of},
             "feature distance": f"{of['distance']:.1f}",
             "loss of the kept": rise(records, of, "train"),
             "held out": rise(records, of, "held out"),
@@ -157,38 +158,39 @@ def plot_kept(path: pathlib.Path, task: Task, records: RecordsByKey) -> None:
     save(figure, path / "kept.png")
 
 
-def write_report(path: pathlib.Path, task: Task, records: RecordsByKey, origin: Origin) -> list[Section]:
-    """Writes everything that the records of a whole run tell; returns the sections of the report."""
+def sections_of(path: pathlib.Path, task: Task, records: RecordsByKey) -> list[Section]:
+    """Draws the pictures into a task's folder, within that of the run, and tells all that is recorded."""
     concept = task.concepts[0]
     names = task.names[concept.attribute]
     plot_runs(path / "runs.png", task, records)
     plot_concept(path, task, records)
     plot_kept(path, task, records)
+    picture = lambda file: Picture(f"{path.name}/{file}")
     judged = records[(JUDGE,)]["right"]
     sections = [
         Section(
-            f"{names[concept.value]} becomes {names[concept.instead]}",
+            f"{task.title}: {names[concept.value]} becomes {names[concept.instead]}",
             [
-                f"Shares of samples at guidance {GUIDANCE:g} in which a classifier sees what is said; it is "
-                f"right on {judged:.1%} of held-out pictures. The feature distance is Frechet's, of kept "
-                "samples to real pictures. Losses are the rise of the mean denoising loss over that of the "
-                "original at the same noise, of pictures without the concept.",
+                f"Shares of samples at guidance {task.scale.guidance:g} in which a classifier sees what is "
+                f"said; it is right on {judged:.1%} of held-out pictures. The feature distance is Frechet's, "
+                "of kept samples to real pictures. Losses are the rise of the mean denoising loss over that "
+                "of the original at the same noise, of pictures without the concept.",
                 main_table(task, records),
-                Picture("concept.png"),
-                Picture("kept.png"),
+                picture("concept.png"),
+                picture("kept.png"),
             ],
         ),
         Section(
-            "Budgets",
+            f"{task.title}: budgets",
             [
                 f"A budget is {BUDGET_SHARE:.0%} of the original's denoising loss of what is kept. It is "
                 "measured by the run itself, at other noise.",
                 promise_table(task, records),
-                Picture("runs.png"),
+                picture("runs.png"),
             ],
         ),
         Section(
-            "Attacks",
+            f"{task.title}: attacks",
             [
                 "The share of samples with the concept. Relearning: fine-tuning on "
                 f"{attacks.RELEARNED_FROM} of its pictures, looked at four times. Another embedding: what "
@@ -196,16 +198,15 @@ def write_report(path: pathlib.Path, task: Task, records: RecordsByKey, origin: 
                 attack_table(task, records),
             ],
         ),
-        Section(
-            "Adapters",
-            [
-                f"Of rank {RANK}, each trained alone under a budget, then added to the original "
-                "together. The real pictures of the distance still have what the second one forgets.",
-                adapter_table(task, records),
-            ],
-        ),
     ]  # fmt: skip
-    del origin["config"]["runs_dir"]  # a place on this machine, and no part of the results
-    origin["config"].pop("data_dir", None)
-    write_sections(path, f"{task.title}: forgetting {names[concept.value]}", sections, origin)
+    if study.adapted_of(task):
+        text = (
+            f"Of rank {RANK}, each trained alone under a budget, then added to the original together. "
+            "The real pictures of the distance still have what the second one forgets."
+        )
+        sections.append(Section(f"{task.title}: adapters", [text, adapter_table(task, records)]))
     return sections
+
+
+def write_report(path: pathlib.Path, sections: list[Section], origin: Origin) -> None:
+    write_sections(path, "A diffusion model forgets what it draws", sections, origin)

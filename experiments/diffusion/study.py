@@ -6,10 +6,11 @@ from functools import partial
 
 import numpy as np
 
+from experiments.diffusion import ready
 from experiments.diffusion.bench import JUDGE, Bench, keep, kept
 from experiments.diffusion.looks import PIECES, looked_at
-from experiments.diffusion.methods import METHODS, Peer
-from experiments.diffusion.tasks import Task
+from experiments.diffusion.methods import METHODS, NEAR_AND_FAR, Peer
+from experiments.diffusion.tasks import Concept, Task
 from experiments.diffusion.unlearning import adapted, adapter_name, unlearned, with_adapters
 from experiments.shared.records import Key, Record, Records
 from experiments.shared.report import ORIGINAL, RETRAIN
@@ -22,7 +23,9 @@ OF_PIECES = {"look": 60, "relearn": 60, "search": 60, "guide": 25, "redraw": 25}
 
 
 def trained(bench: Bench, name: str) -> Record:
-    """From scratch: on everything, or for the reference on all but the concept."""
+    """From scratch, unless it is ready: on everything, or for the reference on all but the concept."""
+    if name in bench.task.ready:
+        return taken(bench, name)
     labels, start = bench.task.train.labels, time.process_time()
     concept = bench.task.concepts[0]
     rows = np.flatnonzero(~concept.asked_for(labels) if name == RETRAIN else np.ones(len(labels), bool))
@@ -33,7 +36,16 @@ def trained(bench: Bench, name: str) -> Record:
     return {"losses": [float(part.mean()) for part in parts], "cpu_seconds": time.process_time() - start}
 
 
+def taken(bench: Bench, name: str) -> Record:
+    """A model that needs no training."""
+    params, record = ready.read(bench.task.ready[name])
+    keep(bench, name, params)
+    return record
+
+
 def trained_judge(bench: Bench) -> Record:
+    if JUDGE in bench.task.ready:
+        return taken(bench, JUDGE)
     params = bench.judge.train(bench.task.train, bench.scale.judge_steps, bench.seed)
     keep(bench, JUDGE, params)
     seen = bench.judge.look(params, bench.task.held_out.x)
@@ -41,7 +53,14 @@ def trained_judge(bench: Bench) -> Record:
 
 
 def methods_of(task: Task) -> tuple[str, ...]:
-    return task.scale.methods or tuple(METHODS)
+    """Near and far are utilities only where it is said what is near."""
+    names = task.scale.methods or tuple(METHODS)
+    return tuple(name for name in names if task.concepts[0].near or name != NEAR_AND_FAR)
+
+
+def adapted_of(task: Task) -> tuple[Concept, ...]:
+    """The concepts that have adapters, to be used together."""
+    return task.concepts if len(task.concepts) > 1 else ()
 
 
 def peers_of(task: Task) -> list[str]:
@@ -53,14 +72,14 @@ def amount(task: Task) -> float:
     scale, methods = task.scale, methods_of(task)
     pieces = (2 + len(methods)) * sum(OF_PIECES.values())
     stacks = len(stacks_of(task)) * OF_PIECES["look"]
-    unlearning = len(methods) * scale.steps + len(task.concepts) * scale.adapter_steps
+    unlearning = len(methods) * scale.steps + len(adapted_of(task)) * scale.adapter_steps
     return 2 * scale.recipe.steps + unlearning + pieces + stacks
 
 
 def stacks_of(task: Task) -> list[tuple[tuple[str, ...], float]]:
     """Which adapters are added to the original, and at what scale: each alone, and all of them."""
-    names = tuple(adapter_name(task, concept) for concept in task.concepts)
-    return [((name,), 1.0) for name in names] + [(names, scale) for scale in SCALES]
+    names = tuple(adapter_name(task, concept) for concept in adapted_of(task))
+    return [((name,), 1.0) for name in names] + [(names, scale) for scale in SCALES if names]
 
 
 def stacked(bench: Bench, names: tuple[str, ...], scale: float) -> Record:
@@ -84,7 +103,8 @@ def run_all(bench: Bench, records: Records) -> None:
             bench.progress(": ".join(reversed(key)), steps)
 
     for name in (ORIGINAL, RETRAIN):
-        get(("train", name), partial(trained, bench, name), scale.recipe.steps, tells=True)
+        tells = name not in task.ready
+        get(("train", name), partial(trained, bench, name), scale.recipe.steps, tells=tells)
     get((JUDGE,), partial(trained_judge, bench))
     for name in (ORIGINAL, RETRAIN, *methods):
         if name in METHODS:
@@ -92,7 +112,7 @@ def run_all(bench: Bench, records: Records) -> None:
         for kind, piece in PIECES.items():
             look = lambda piece=piece, name=name: piece(bench, name, kept(bench, name))
             get((kind, name), look, OF_PIECES[kind])
-    for concept in task.concepts:
+    for concept in adapted_of(task):
         name = adapter_name(task, concept)
         get(("adapter", name), partial(adapted, bench, concept), scale.adapter_steps, tells=True)
     for names, factor in stacks_of(task):

@@ -1,16 +1,22 @@
 """What is drawn and what is to be forgotten: a data set, its concepts, the network, and how much is done."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import numpy as np
 from flax import nnx
 
+from experiments.diffusion import ready
+from experiments.diffusion.judge import CNN, MLP
 from experiments.shared.data import images
 from experiments.shared.models.diffusion import dit
 from experiments.shared.models.diffusion.training import Pictures, Recipe
+
+GUIDANCE = 1.5
+"""Of all samples, unless a task or an attack says otherwise."""
 
 
 class Concept(NamedTuple):
@@ -19,6 +25,8 @@ class Concept(NamedTuple):
     attribute: int
     value: int
     instead: int
+    near: tuple[int, ...] = ()
+    """The values that look like it."""
 
     def asked_for(self, labels: np.ndarray) -> np.ndarray:
         """Which of labels [N, attributes] have it, bool [N]."""
@@ -43,6 +51,9 @@ class Scale(NamedTuple):
         are looked at four times.
       relearning_rate, search_rate: Adam's of these.
       methods: those that run, by name; None for all.
+      given: how many pictures the methods are given, the first of those that the models are trained on; None
+        for all.
+      guidance: of all samples, unless an attack says otherwise.
     """
 
     recipe: Recipe
@@ -58,6 +69,8 @@ class Scale(NamedTuple):
     search_steps: int
     search_rate: float
     methods: tuple[str, ...] | None = None
+    given: int | None = None
+    guidance: float = GUIDANCE
 
 
 class Task(NamedTuple):
@@ -67,9 +80,11 @@ class Task(NamedTuple):
       title: of the report.
       names: of the values of each attribute.
       train, held_out: pictures that the models are trained on, and others.
-      concepts: the first is what all methods forget; each has an adapter of its own.
+      concepts: the first is what all methods forget; where there are several, each has an adapter of its own.
       make: the network, from its random numbers.
       scale: how much is done.
+      judge: the classifier of samples, from the number of its outputs.
+      ready: the files of models that need no training, by name.
     """
 
     title: str
@@ -79,6 +94,13 @@ class Task(NamedTuple):
     concepts: tuple[Concept, ...]
     make: Callable[[nnx.Rngs], Any]
     scale: Scale
+    judge: Callable[[int], nn.Module] = MLP
+    ready: Mapping[str, pathlib.Path] = {}
+
+    @property
+    def given(self) -> Pictures:
+        """What the methods are given."""
+        return self.train.taken(slice(self.scale.given))
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -86,10 +108,6 @@ class Task(NamedTuple):
 
     def name(self, concept: Concept) -> str:
         return self.names[concept.attribute][concept.value]
-
-
-GUIDANCE = 1.5
-"""Of all samples, unless an attack says otherwise."""
 
 
 def pictures_of(examples: images.Examples) -> Pictures:
@@ -108,7 +126,8 @@ def smaller(task: Task) -> Task:
         samples=30, relearning_steps=4, search_steps=4, methods=("EUPMU budget", "SalUn"),
     )  # fmt: skip
     train, held_out = task.train.taken(slice(640)), task.held_out.taken(slice(200))
-    return task._replace(train=train, held_out=held_out, make=partial(dit.DiT, shape), scale=scale)
+    make = partial(dit.DiT, shape)
+    return task._replace(train=train, held_out=held_out, make=make, scale=scale, ready={})
 
 
 def digits(data_dir: pathlib.Path | None) -> Task:
@@ -127,23 +146,41 @@ def digits(data_dir: pathlib.Path | None) -> Task:
 CLOTHES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 
 
-def fashion_mnist(data_dir: pathlib.Path | None) -> Task:
-    """5,000 of Fashion-MNIST's pictures, 28x28: trousers become bags, and in an adapter shirts T-shirts."""
+NEAR = {"trousers": ("dress",), "shirt": ("T-shirt", "pullover", "coat")}
+"""What looks like it."""
+
+
+def halved(pictures: Pictures) -> Pictures:
+    """The means of 2x2 pixels, [N, H / 2, W / 2, C]."""
+    amount, height, width, channels = pictures.x.shape
+    blocks = pictures.x.reshape(amount, height // 2, 2, width // 2, 2, channels)
+    return pictures._replace(x=blocks.mean((2, 4)))
+
+
+def fashion_mnist(data_dir: pathlib.Path | None, concept: str = "trousers") -> Task:
+    """Fashion-MNIST at half its size, 14x14: trousers or shirts become bags."""
     pools = images.load("fashion-mnist", data_dir)
-    data = images.partition(*pools, train_size=5000, validation_size=1, test_size=1000, seed=0)
+    data = images.partition(*pools, train_size=None, validation_size=1, test_size=1000, seed=0)
     scale = Scale(
-        Recipe(1500, rate=1e-3), judge_steps=4000, steps=150, rate=5e-4, batch_size=64, adapter_steps=120,
-        adapter_rate=1e-2, samples=100, relearning_steps=20, relearning_rate=5e-4,
-        search_steps=100, search_rate=3e-2,
-        methods=("EUPMU budget", "EUPMU look-ahead", "constant weight", "redirect alone", "SalUn"),
+        Recipe(3000, memory=0.998), judge_steps=3000, steps=100, rate=5e-4, batch_size=64, adapter_steps=0,
+        adapter_rate=1e-2, samples=90, relearning_steps=20, relearning_rate=5e-4, search_steps=100,
+        search_rate=3e-2, given=2000, guidance=2.0,
     )  # fmt: skip
-    shape = dit.Config(size=28, channels=1, patch=4, width=128, layers=4, heads=4, labels=(10,))
-    train, held_out = pictures_of(data.train), pictures_of(data.test)
-    concepts = Concept(0, 1, 8), Concept(0, 6, 0)
-    return Task("Fashion-MNIST", (CLOTHES,), train, held_out, concepts, partial(dit.DiT, shape), scale)
+    shape = dit.Config(size=14, channels=1, patch=2, width=64, layers=3, heads=4, labels=(10,))
+    train, held_out = (halved(pictures_of(part)) for part in (data.train, data.test))
+    number = CLOTHES.index
+    forgotten = Concept(0, number(concept), number("bag"), tuple(map(number, NEAR[concept])))
+    make = partial(dit.DiT, shape)
+    return Task(
+        "Fashion-MNIST", (CLOTHES,), train, held_out, (forgotten,), make, scale, CNN, ready.files(concept)
+    )
 
 
-TASKS: dict[str, Callable[[pathlib.Path | None], Task]] = {"digits": digits, "fashion-mnist": fashion_mnist}
+TASKS: dict[str, Callable[[pathlib.Path | None], Task]] = {
+    "digits": digits,
+    "fashion-mnist": fashion_mnist,
+    "fashion-mnist-shirt": partial(fashion_mnist, concept="shirt"),
+}
 """By name: the folder of the data, or None, -> Task."""
 
 

@@ -13,9 +13,10 @@ import eupmu_jax as eu
 from eupmu_jax.method.constraints import Budget, Constraint
 from experiments.diffusion.bench import Bench, keep, kept
 from experiments.diffusion.losses import TO_ANOTHER, Model, make_losses, peer_losses
-from experiments.diffusion.methods import METHODS, Peer, Unlearning, budget
+from experiments.diffusion.methods import METHODS, Peer, Unlearning, Utilities, budget
 from experiments.diffusion.tasks import Concept, Task
 from experiments.shared.loop import make_plan, make_unlearn, make_unlearner
+from experiments.shared.methods.method import LossFunctions
 from experiments.shared.models.diffusion.network import Params
 from experiments.shared.models.diffusion.training import Pictures, noised_pictures
 from experiments.shared.models.lora import Adapter, LowRank, merged
@@ -39,10 +40,10 @@ HELD_OUT_BATCHES = 32
 def sets_of(task: Task, concept: Concept) -> Sets:
     """Whole batches of what is retained, so that a pass over it has one shape."""
     retain, held_out = (
-        pictures.taken(~concept.asked_for(pictures.labels)) for pictures in (task.train, task.held_out)
+        pictures.taken(~concept.asked_for(pictures.labels)) for pictures in (task.given, task.held_out)
     )
     return Sets(
-        task.train.taken(concept.asked_for(task.train.labels)),
+        task.given.taken(concept.asked_for(task.given.labels)),
         in_batches(retain, task.scale.batch_size),
         in_batches(held_out, HELD_OUT_BATCHES),
     )
@@ -52,12 +53,16 @@ def in_batches(pictures: Pictures, size: int) -> Pictures:
     return pictures.taken(slice(len(pictures.x) // size * size))
 
 
-def by_class(concept: Concept, pictures: Pictures, size: int) -> dict[int, Pictures]:
-    """As many pictures of each value of the concept's attribute, in batches of that size."""
+def grouped(concept: Concept, utilities: Utilities, pictures: Pictures, size: int) -> dict[str, Pictures]:
+    """As many pictures of each utility, in batches of that size."""
     values = pictures.labels[:, concept.attribute]
-    each = {int(value): pictures.taken(values == value) for value in np.unique(values)}
+    if utilities == "each class":
+        each = {f"class {value}": pictures.taken(values == value) for value in np.unique(values)}
+    else:
+        near = np.isin(values, concept.near)
+        each = {"near": pictures.taken(near), "far": pictures.taken(~near)}
     fewest = min(len(part.x) for part in each.values())
-    return {value: in_batches(part.taken(slice(fewest)), size) for value, part in each.items()}
+    return {name: in_batches(part.taken(slice(fewest)), size) for name, part in each.items()}
 
 
 def seen_by_step(history: eu.History) -> Record:
@@ -111,41 +116,56 @@ def by_unlearn(bench: Bench, name: str, method: Unlearning) -> tuple[Params, Rec
     sets = sets_of(bench.task, concept)
     before = lambda pictures: bench.drawer.losses(kept(bench, ORIGINAL), pictures).mean()
     batch_size, multiplier = (size, size), method.multiplier
-    if method.each_class:
-        share = max(1, size // (len(np.unique(sets.retain.labels[:, concept.attribute]))))
-        parts = by_class(concept, sets.retain, share), by_class(concept, sets.held_out, 1)
+    if method.utilities != "together":
+        values = np.unique(sets.retain.labels[:, concept.attribute])
+        amount = 2 if method.utilities == "near and far" else len(values)
+        share = max(1, size // amount)
+        parts = (grouped(concept, method.utilities, *of) for of in ((sets.retain, share), (sets.held_out, 1)))
         sets = Sets(sets.forget, *parts)
         batch_size = (size, dict.fromkeys(sets.retain, share))
         multiplier = multiplier / len(sets.retain)
-        losses = np.array([before(sets.retain[value]) for value in sorted(sets.retain)])
+        losses = np.array([before(sets.retain[name]) for name in sorted(sets.retain)])
     else:
         losses = before(sets.retain)
+    losses_fn = make_losses(bench.network, concept, method.redirect, whatever_asked=method.whatever_asked)
     model, history = run_unlearn(
-        bench, name, make_losses(bench.network, concept, method.redirect), method.constraint(losses), sets,
+        bench, name, losses_fn, method.constraint(losses), sets,
         adapter={}, batch_size=batch_size, initial_multiplier=multiplier,
     )  # fmt: skip
     return model["params"], seen_by_step(history)
 
 
 def by_peer(bench: Bench, name: str, method: Peer) -> tuple[Params, Record]:
-    task, concept, scale = bench.task, bench.task.concepts[0], bench.scale
-    original = kept(bench, ORIGINAL)
-    losses = peer_losses(bench.network, original, concept, TO_ANOTHER)
+    task, concept = bench.task, bench.task.concepts[0]
+    losses = peer_losses(bench.network, kept(bench, ORIGINAL), concept, TO_ANOTHER)
+    gone = concept.asked_for(task.given.labels)
+    return run_peer(bench, name, method, losses, task.given, np.flatnonzero(gone), np.flatnonzero(~gone))
+
+
+def run_peer(
+    bench: Bench,
+    name: str,
+    method: Peer,
+    losses: LossFunctions,
+    pictures: Pictures,
+    forget: np.ndarray,
+    retain: np.ndarray,
+) -> tuple[Params, Record]:
+    """A method of others from the original, on those rows of the pictures."""
+    scale = bench.scale
     unlearner = make_unlearner(
         method.make,
         losses,
         optimizer=optax.adam,
         augmented=lambda key, pictures: noised_pictures(key, pictures),
     )
-    gone = concept.asked_for(task.train.labels)
     plan = make_plan(
-        np.flatnonzero(gone), np.flatnonzero(~gone), steps=scale.steps, batch_size=scale.batch_size,
-        seed=bench.seed, independent=True,
-    )  # fmt: skip
+        forget, retain, steps=scale.steps, batch_size=scale.batch_size, seed=bench.seed, independent=True
+    )
     report = lambda part: bench.progress(f"{name}: unlearning", part * scale.steps)
-    on_device = Pictures(*map(jnp.asarray, task.train))
+    on_device = Pictures(*map(jnp.asarray, pictures))
     knobs = {"learning_rate": scale.rate, **method.knobs}
-    done = make_unlearn(unlearner)(knobs, original, on_device, plan, bench.seed, report)
+    done = make_unlearn(unlearner)(knobs, kept(bench, ORIGINAL), on_device, plan, bench.seed, report)
     return done.params, {key: values.round(6).tolist() for key, values in done.history.items()}
 
 
