@@ -68,9 +68,7 @@ class Judge(NamedTuple):
     labels: Callable[[Any, jax.Array], jax.Array]
 
 
-def make_judge(
-    sizes: tuple[int, ...], shape: tuple[int, ...], network: Callable[[int], nn.Module] = MLP
-) -> Judge:
+def make_judge(sizes: tuple[int, ...], shape: tuple[int, ...], network: type[MLP] | type[CNN] = MLP) -> Judge:
     """`shape` is that of one image."""
     module = network(sum(sizes))
     ends = np.cumsum(sizes)[:-1]

@@ -77,7 +77,7 @@ def together(sets: Mapping[Any, Pictures] | Pictures) -> tuple[Pictures, list[in
 
 
 FURTHEST = 2.0
-"""Of the vectors around a label's, the largest standard deviation; the vectors' own entries are near 0.5."""
+"""Of the vectors around a label's, the largest standard deviation; the labels' own entries are near 0.35."""
 
 
 def around(key: jax.Array, asked: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """The pieces of the study, each finished one a record: models, unlearning, samples, attacks, adapters."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +13,7 @@ from experiments.diffusion.looks import PIECES, looked_at
 from experiments.diffusion.methods import METHODS, NEAR_AND_FAR, Peer
 from experiments.diffusion.tasks import Concept, Task
 from experiments.diffusion.unlearning import adapted, adapter_name, unlearned, with_adapters
+from experiments.shared.models.diffusion.training import make_trainer
 from experiments.shared.records import Key, Record, Records
 from experiments.shared.report import ORIGINAL, RETRAIN
 
@@ -29,11 +31,20 @@ def trained(bench: Bench, name: str) -> Record:
     labels, start = bench.task.train.labels, time.process_time()
     concept = bench.task.concepts[0]
     rows = np.flatnonzero(~concept.asked_for(labels) if name == RETRAIN else np.ones(len(labels), bool))
-    report = lambda part: bench.progress(f"{name}: training", part * bench.scale.recipe.steps)
-    found = bench.train(bench.task.train, rows, bench.seed, report)
+    train, steps = bench.train, steps_of(bench.task, name)
+    if steps != bench.scale.recipe.steps:
+        train = make_trainer(bench.network, dataclasses.replace(bench.scale.recipe, steps=steps))
+    report = lambda part: bench.progress(f"{name}: training", part * steps)
+    found = train(bench.task.train, rows, bench.seed, report)
     keep(bench, name, found.params)
     parts = np.array_split(found.losses, min(50, len(found.losses)))
     return {"losses": [float(part.mean()) for part in parts], "cpu_seconds": time.process_time() - start}
+
+
+def steps_of(task: Task, name: str) -> int:
+    """Of its training."""
+    steps = task.scale.recipe.steps
+    return task.scale.reference_steps or steps if name == RETRAIN else steps
 
 
 def taken(bench: Bench, name: str) -> Record:
@@ -73,7 +84,8 @@ def amount(task: Task) -> float:
     pieces = (2 + len(methods)) * sum(OF_PIECES.values())
     stacks = len(stacks_of(task)) * OF_PIECES["look"]
     unlearning = len(methods) * scale.steps + len(adapted_of(task)) * scale.adapter_steps
-    return 2 * scale.recipe.steps + unlearning + pieces + stacks
+    training = sum(steps_of(task, name) for name in (ORIGINAL, RETRAIN))
+    return training + unlearning + pieces + stacks
 
 
 def stacks_of(task: Task) -> list[tuple[tuple[str, ...], float]]:
@@ -104,7 +116,7 @@ def run_all(bench: Bench, records: Records) -> None:
 
     for name in (ORIGINAL, RETRAIN):
         tells = name not in task.ready
-        get(("train", name), partial(trained, bench, name), scale.recipe.steps, tells=tells)
+        get(("train", name), partial(trained, bench, name), steps_of(task, name), tells=tells)
     get((JUDGE,), partial(trained_judge, bench))
     for name in (ORIGINAL, RETRAIN, *methods):
         if name in METHODS:

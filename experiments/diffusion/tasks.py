@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import numpy as np
 from flax import nnx
 
@@ -54,6 +53,7 @@ class Scale(NamedTuple):
       given: how many pictures the methods are given, the first of those that the models are trained on; None
         for all.
       guidance: of all samples, unless an attack says otherwise.
+      reference_steps: of the same recipe, of the model that never saw the concept; None for as many.
     """
 
     recipe: Recipe
@@ -71,6 +71,7 @@ class Scale(NamedTuple):
     methods: tuple[str, ...] | None = None
     given: int | None = None
     guidance: float = GUIDANCE
+    reference_steps: int | None = None
 
 
 class Task(NamedTuple):
@@ -83,7 +84,7 @@ class Task(NamedTuple):
       concepts: the first is what all methods forget; where there are several, each has an adapter of its own.
       make: the network, from its random numbers.
       scale: how much is done.
-      judge: the classifier of samples, from the number of its outputs.
+      judge: the classifier of samples.
       ready: the files of models that need no training, by name.
     """
 
@@ -94,7 +95,7 @@ class Task(NamedTuple):
     concepts: tuple[Concept, ...]
     make: Callable[[nnx.Rngs], Any]
     scale: Scale
-    judge: Callable[[int], nn.Module] = MLP
+    judge: type[MLP] | type[CNN] = MLP
     ready: Mapping[str, pathlib.Path] = {}
 
     @property
@@ -122,8 +123,8 @@ def smaller(task: Task) -> Task:
         size=size, channels=channels, patch=size // 2, width=16, layers=2, heads=2, labels=task.sizes
     )
     scale = task.scale._replace(
-        recipe=Recipe(100, memory=0.9), judge_steps=100, steps=10, batch_size=32, adapter_steps=5,
-        samples=30, relearning_steps=4, search_steps=4, methods=("EUPMU budget", "SalUn"),
+        recipe=Recipe(100, memory=0.9), reference_steps=None, judge_steps=100, steps=10, batch_size=32,
+        adapter_steps=5, samples=30, relearning_steps=4, search_steps=4, methods=("EUPMU budget", "SalUn"),
     )  # fmt: skip
     train, held_out = task.train.taken(slice(640)), task.held_out.taken(slice(200))
     make = partial(dit.DiT, shape)
@@ -163,8 +164,8 @@ def fashion_mnist(data_dir: pathlib.Path | None, concept: str = "trousers") -> T
     data = images.partition(*pools, train_size=None, validation_size=1, test_size=1000, seed=0)
     scale = Scale(
         Recipe(3000, memory=0.998), judge_steps=3000, steps=100, rate=5e-4, batch_size=64, adapter_steps=0,
-        adapter_rate=1e-2, samples=90, relearning_steps=20, relearning_rate=5e-4, search_steps=100,
-        search_rate=3e-2, given=2000, guidance=2.0,
+        adapter_rate=1e-2, samples=60, relearning_steps=20, relearning_rate=5e-4, search_steps=60,
+        search_rate=3e-2, given=2000, guidance=3.0, reference_steps=1500,
     )  # fmt: skip
     shape = dit.Config(size=14, channels=1, patch=2, width=64, layers=3, heads=4, labels=(10,))
     train, held_out = (halved(pictures_of(part)) for part in (data.train, data.test))

@@ -1,5 +1,6 @@
 """The study of diffusion models: concepts, losses against NumPy, the judge, measures, whole runs."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -12,11 +13,26 @@ import optax
 import pytest
 
 import eupmu_jax as eu
-from experiments.diffusion import attacks, judge, losses, measures, methods, report, tasks, unlearning
+from experiments.diffusion import (
+    __main__,
+    attacks,
+    judge,
+    losses,
+    measures,
+    methods,
+    ready,
+    report,
+    seeds,
+    study,
+    tasks,
+    unlearning,
+)
 from experiments.diffusion.judge import Seen
 from experiments.diffusion.tasks import Concept
+from experiments.shared.models.diffusion import training
 from experiments.shared.models.diffusion.network import Network
-from experiments.shared.models.diffusion.training import Pictures, noised_pictures
+from experiments.shared.models.diffusion.training import Pictures
+from experiments.shared.models.files import save_params
 from experiments.shared.models.lora import low_rank
 from experiments.shared.records import read_records
 from experiments.shared.report import ORIGINAL, RETRAIN
@@ -36,6 +52,7 @@ NETWORK = Network(
     new_adapter=lambda key, rank: {},
 )
 CONCEPT = Concept(0, 2, 1)
+noised_pictures = jax.jit(training.noised_pictures)
 
 
 def params_of(seed):
@@ -72,11 +89,15 @@ def test_no_picture_to_forget_is_retained():
         assert len(sets.retain.x) % TASK.scale.batch_size == 0
         apart = {row.tobytes() for row in sets.held_out.x}
         assert not apart & {row.tobytes() for row in sets.retain.x}
-        each = unlearning.by_class(concept, sets.retain, 7)
-        assert sorted(each) == [value for value in range(10) if value != concept.value]
+        each = unlearning.grouped(concept, "each class", sets.retain, 7)
+        assert sorted(each) == [f"class {value}" for value in range(10) if value != concept.value]
         assert len({len(part.x) for part in each.values()}) == 1
-        assert all((part.labels == value).all() for value, part in each.items())
-        assert len(each[0].x) % 7 == 0
+        assert all((part.labels == int(name[-1])).all() for name, part in each.items())
+        assert len(each["class 0"].x) % 7 == 0
+        near = unlearning.grouped(concept._replace(near=(3, 9)), "near and far", sets.retain, 5)
+        assert set(near["near"].labels.ravel()) == {3, 9}
+        assert not set(near["far"].labels.ravel()) & {3, 9, concept.value}
+        assert len(near["near"].x) == len(near["far"].x)
 
 
 def test_prompts_ask_for_everything_equally_often():
@@ -113,7 +134,8 @@ def test_losses_against_numpy(name):
     forget, retain = pictures_of(2, 2, 2), {7: pictures_of(0, 3, seed=1), 5: pictures_of(1, 0, 3, seed=2)}
     key = jax.random.key(4)
     batch = {"forget": forget, "retain": retain, "key": key}
-    found = losses.make_losses(NETWORK, CONCEPT, redirect)(model, batch)
+    losses_fn = jax.jit(losses.make_losses(NETWORK, CONCEPT, redirect))
+    found = losses_fn(model, batch)
 
     keys = jax.random.split(key)
     gone = noised_pictures(keys[0], forget)
@@ -128,20 +150,38 @@ def test_losses_against_numpy(name):
     rise = np.asarray(error(model["params"]) - error(model["original"]))
     np.testing.assert_allclose(found.retain, [rise[:3].mean(), rise[3:].mean()], rtol=1e-4, atol=1e-6)
 
-    single = losses.make_losses(NETWORK, CONCEPT, redirect)(model, batch | {"retain": joined})
+    single = losses_fn(model, batch | {"retain": joined})
     np.testing.assert_allclose(single.retain, rise.mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_pictures_of_the_concept_are_redirected_whatever_is_asked():
+    model = {"params": params_of(0), "original": params_of(1), "adapter": {}}
+    batch = {"forget": pictures_of(*[2] * 400), "retain": pictures_of(0, 1), "key": jax.random.key(4)}
+    losses_fn = losses.make_losses(NETWORK, CONCEPT, losses.TO_ANOTHER, whatever_asked=True)
+    found = jax.jit(losses_fn)(model, batch)
+    key = jax.random.split(batch["key"])[0]
+    gone = noised_pictures(key, batch["forget"])
+    own = NETWORK.embed(model["params"], gone.labels)
+    asked = losses.around(jax.random.fold_in(key, 1), own)
+    moved = np.ravel(asked - own)
+    assert (moved == 0).mean() == pytest.approx(0.5, abs=0.1)
+    assert np.abs(moved).max() > losses.FURTHEST
+    assert np.std(moved[moved != 0]) == pytest.approx(losses.FURTHEST / 3**0.5, rel=0.2)
+    to = by_hand(model["original"], gone, np.full((400, 1), 1))
+    prediction = NETWORK.predict(model["params"], gone.x, gone.t, asked)
+    np.testing.assert_allclose(found.forget, ((np.asarray(prediction) - to) ** 2).mean(), rtol=1e-4)
 
 
 def test_nothing_rose_at_first_and_only_the_model_has_gradients():
     original = params_of(1)
     batch = {"forget": pictures_of(2, 2), "retain": pictures_of(0, 1), "key": jax.random.key(0)}
-    losses_fn = losses.make_losses(NETWORK, CONCEPT, losses.TO_ANOTHER)
+    losses_fn = jax.jit(losses.make_losses(NETWORK, CONCEPT, losses.TO_ANOTHER))
     model = {"params": original, "original": original, "adapter": {}}
     found = losses_fn(model, batch)
     assert float(found.retain) == 0
     gap = float(original["value"][2] - original["value"][1])
     assert float(found.forget) == pytest.approx(gap**2, rel=1e-5)
-    grads = jax.grad(lambda model: sum(losses_fn(model, batch)))(model)
+    grads = jax.jit(jax.grad(lambda model: sum(losses_fn(model, batch))))(model)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads["original"]))
     assert all(np.any(leaf) for leaf in jax.tree.leaves(grads["params"]))
 
@@ -150,7 +190,7 @@ def test_methods_of_others_see_the_same_losses():
     model = {"params": params_of(0), "original": params_of(1), "adapter": {}}
     forget, retain, key = pictures_of(2, 2, 2), pictures_of(0, 3, seed=1), jax.random.key(4)
     batch = {"forget": forget, "retain": retain, "key": key}
-    ours = losses.make_losses(NETWORK, CONCEPT, losses.AWAY)(model, batch)
+    ours = jax.jit(losses.make_losses(NETWORK, CONCEPT, losses.AWAY))(model, batch)
     theirs = losses.peer_losses(NETWORK, model["original"], CONCEPT, losses.AWAY)
     gone, kept = (noised_pictures(k, p) for k, p in zip(jax.random.split(key), (forget, retain), strict=True))
     assert float(theirs.forget(model["params"], gone)) == pytest.approx(float(ours.forget), rel=1e-5)
@@ -161,6 +201,7 @@ def test_methods_of_others_see_the_same_losses():
     assert float(theirs.divergence(model["original"], model["params"], gone)) > 0
 
 
+@pytest.mark.slow
 def test_a_constant_weight_stays_and_nothing_of_the_retain_loss_is_seen_at_0():
     """Of the rows of the table: the multiplier that a method starts from is the one that it ends with."""
     sets = pictures_of(2, 2, 2, 2), pictures_of(0, 1, 3, 0, seed=1)
@@ -220,6 +261,9 @@ def test_shares_by_hand():
     asked = np.array([[8], [3], [1], [1], [1]])
     assert measures.right(seen, asked, TASK.concepts[:1]) == 0.5
     assert measures.right(seen, asked, TASK.concepts) == 1.0
+    assert measures.right_by_nearness(TASK.concepts[0], seen, asked) == {}
+    found = measures.right_by_nearness(TASK.concepts[0]._replace(near=(3, 8)), seen, asked)
+    assert found == {"right, near": 1.0, "right, far": pytest.approx(1 / 3)}
 
 
 @pytest.mark.parametrize("amount", [1, 100, 230])
@@ -267,7 +311,60 @@ def test_the_search_finds_what_denoises_best():
     assert (np.asarray(found["value"]) == np.asarray(params_of(0)["value"])).all()
 
 
-# Pictures and whole runs
+# Models that come with the results, tables, whole runs
+
+
+def test_trained_models_come_back_in_single_precision(tmp_path, monkeypatch):
+    monkeypatch.setattr(ready, "FOLDER", tmp_path / "kept")
+    assert ready.files("trousers") == {}
+    (tmp_path / "models").mkdir()
+    lines = []
+    for name, key in ((ORIGINAL, ["train", ORIGINAL]), (RETRAIN, ["train", RETRAIN]), ("judge", ["judge"])):
+        save_params(tmp_path / "models" / f"{name}.safetensors", {"a": {"b": jnp.array([1.0, 1e-3])}})
+        lines.append(json.dumps({"key": key, "right": len(name)}))
+    (tmp_path / "records.jsonl").write_text("\n".join([*lines, ""]))
+    ready.write(tmp_path, "trousers")
+    assert set(ready.files("trousers")) == {ORIGINAL, RETRAIN, "judge"}
+    assert set(ready.files("shirt")) == {ORIGINAL, "judge"}
+    params, record = ready.read(ready.files("trousers")[RETRAIN])
+    assert params["a"]["b"].dtype == jnp.float32
+    np.testing.assert_allclose(params["a"]["b"], [1, 1e-3], rtol=1e-3)
+    assert record == {"right": len(RETRAIN)}
+
+
+def test_means_and_ranges_of_runs():
+    def run(shift, *names):
+        look = {"still": {"8": 0.5 + shift}, "right": 0.75, "distance": 2.0}
+        records = {("look", name): look | {"losses": {"kept, train": 0.25 + shift}} for name in names}
+        for kind in ("relearn", "search", "guide"):
+            records |= {(kind, name): {"still": [0.0, 0.25 + shift]} for name in names}
+        return records
+
+    found = seeds.table([run(0, ORIGINAL, "SalUn"), run(0.25, ORIGINAL)])
+    assert found["runs"].tolist() == ["2", "1"]
+    assert found["still drawn"].tolist() == ["0.625 (0.500 to 0.750)", "0.500"]
+    assert found["loss of the kept"].tolist() == ["+0.0% (+0.0% to +0.0%)", "+0.0%"]
+    assert "near right" not in found.columns
+
+
+def test_unknown_methods_are_named():
+    with pytest.raises(ValueError, match='no SALUN; there are "EUPMU budget"'):
+        __main__.Config(methods=("SALUN",))
+
+
+def test_near_and_far_are_utilities_where_it_is_said_what_is_near():
+    scale = TASK.scale._replace(methods=None)
+    assert methods.NEAR_AND_FAR not in study.methods_of(TASK._replace(scale=scale))
+    near = TASK._replace(scale=scale, concepts=(TASK.concepts[0]._replace(near=(3,)),))
+    assert study.methods_of(near) == tuple(methods.METHODS)
+    assert study.stacks_of(near) == []
+
+
+def test_halved_pictures_are_means():
+    pictures = pictures_of(1, 2)
+    found = tasks.halved(pictures)
+    np.testing.assert_allclose(found.x[:, 0, 0, 0], pictures.x.mean((1, 2, 3)), rtol=1e-5)
+    assert found.labels is pictures.labels
 
 
 def test_tiles_are_in_order():
@@ -287,24 +384,25 @@ def test_smoke_run_and_resume_after_a_kill(tmp_path):
     """Killed as soon as there is a model, it goes on, and nothing is done twice."""
     process = subprocess.Popen([*SMOKE, "--smoke", "--runs-dir", str(tmp_path)])
     deadline = time.monotonic() + 300
-    while not any(path.stat().st_size for path in tmp_path.glob("*/records.jsonl")):
+    while not any(path.stat().st_size for path in tmp_path.glob("*/digits/records.jsonl")):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
     process.wait()
     (folder,) = tmp_path.iterdir()
-    first = (folder / "records.jsonl").read_text().splitlines()[0]
+    task = folder / "digits"
+    first = (task / "records.jsonl").read_text().splitlines()[0]
     ended = subprocess.run([*SMOKE, "--resume", str(folder)], capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr
-    lines = (folder / "records.jsonl").read_text().splitlines()
+    lines = (task / "records.jsonl").read_text().splitlines()
     assert lines[0] == first
-    records = read_records(folder / "records.jsonl")
+    records = read_records(task / "records.jsonl")
     assert len(records) == len(lines)
     assert {key[1] for key in records if key[0] == "unlearn"} == set(TASK.scale.methods)
     assert {key[1] for key in records if key[0] == "look"} == {ORIGINAL, RETRAIN, *TASK.scale.methods}
     assert records["unlearn", methods.HEADLINE]["promise"]["holds"]
     assert len([key for key in records if key[0] == "stack"]) == 5
-    for name in "tables.md", "report.html", "runs.png", "concept.png", "kept.png":
+    for name in "tables.md", "report.html", "digits/runs.png", "digits/concept.png", "digits/kept.png":
         assert (folder / name).stat().st_size > 0
-    assert len(list((folder / "models").glob("*.safetensors"))) == 2 + 1 + len(TASK.scale.methods) + 2
+    assert len(list((task / "models").glob("*.safetensors"))) == 2 + 1 + len(TASK.scale.methods) + 2

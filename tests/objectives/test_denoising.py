@@ -219,6 +219,7 @@ def unlearned(constraint, retain, params, rate=0.02, losses_fn=losses_fn, **sett
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_budget_on_the_rise_starts_from_nothing_and_is_kept():
     retain = rows_of(2, 300, 2)
     params, history = unlearned(eu.Budget(0.02), retain, original(), steps=100, held_out=rows_of(2, 200, 3))
@@ -234,6 +235,7 @@ def test_a_budget_on_the_rise_starts_from_nothing_and_is_kept():
     assert int(history.steps["skipped_steps"][-1]) == 0
 
 
+@pytest.mark.slow
 def test_of_several_utilities_all_are_brought_back():
     """At a rate that a budget cannot hold within a step: the repair measures each from 0."""
     retain = [rows_of(1, 100, 2), rows_of(2, 140, 3)]
