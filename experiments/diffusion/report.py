@@ -149,8 +149,10 @@ def plot_concept(path: pathlib.Path, task: Task, records: RecordsByKey) -> None:
 
 
 def plot_kept(path: pathlib.Path, task: Task, records: RecordsByKey) -> None:
-    """Samples of what is kept, of the model before, the headline method and the reference."""
-    names = [name for name in (ORIGINAL, HEADLINE, RETRAIN) if ("look", name) in records]
+    """Samples of what is kept, of the model before, one method and the reference."""
+    methods = study.methods_of(task)
+    shown = HEADLINE if HEADLINE in methods else methods[0]
+    names = [name for name in (ORIGINAL, shown, RETRAIN) if ("look", name) in records]
     found = [samples(path, name)["others"] for name in names]
     figure, axes = grid(len(names), 3, 3.2, 0.3 + 3.2 * len(found[0]) / SHOWN**2)
     for axis, name, images in zip(axes, names, found, strict=True):

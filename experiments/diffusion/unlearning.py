@@ -54,15 +54,14 @@ def in_batches(pictures: Pictures, size: int) -> Pictures:
 
 
 def grouped(concept: Concept, utilities: Utilities, pictures: Pictures, size: int) -> dict[str, Pictures]:
-    """As many pictures of each utility, in batches of that size."""
+    """The pictures of each utility, in batches of that size."""
     values = pictures.labels[:, concept.attribute]
     if utilities == "each class":
         each = {f"class {value}": pictures.taken(values == value) for value in np.unique(values)}
     else:
         near = np.isin(values, concept.near)
         each = {"near": pictures.taken(near), "far": pictures.taken(~near)}
-    fewest = min(len(part.x) for part in each.values())
-    return {name: in_batches(part.taken(slice(fewest)), size) for name, part in each.items()}
+    return {name: in_batches(part, size) for name, part in each.items()}
 
 
 def seen_by_step(history: eu.History) -> Record:

@@ -92,13 +92,12 @@ def test_no_picture_to_forget_is_retained():
         assert not apart & {row.tobytes() for row in sets.retain.x}
         each = unlearning.grouped(concept, "each class", sets.retain, 7)
         assert sorted(each) == [f"class {value}" for value in range(10) if value != concept.value]
-        assert len({len(part.x) for part in each.values()}) == 1
         assert all((part.labels == int(name[-1])).all() for name, part in each.items())
-        assert len(each["class 0"].x) % 7 == 0
+        assert all(len(part.x) % 7 == 0 for part in each.values())
         near = unlearning.grouped(concept._replace(near=(3, 9)), "near and far", sets.retain, 5)
         assert set(near["near"].labels.ravel()) == {3, 9}
         assert not set(near["far"].labels.ravel()) & {3, 9, concept.value}
-        assert len(near["near"].x) == len(near["far"].x)
+        assert len(sets.retain.x) - sum(len(part.x) for part in near.values()) < 10
 
 
 def test_prompts_ask_for_everything_equally_often():
