@@ -5,14 +5,13 @@ pictures to forget and those to retain together.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 import eupmu_jax as eu
 from eupmu_jax import objectives
-from experiments.diffusion.tasks import Concept
 from experiments.shared.methods.method import LossFunctions
 from experiments.shared.models.diffusion.network import Network, Params
 from experiments.shared.models.diffusion.training import (
@@ -25,6 +24,13 @@ from experiments.shared.models.lora import Adapter
 
 Model = dict[str, Any]
 """What `unlearn` is given: "params", "adapter" (low-rank weights or nothing), and the frozen "original"."""
+
+
+class Concept(Protocol):
+    """What is forgotten: other labels in place of those that ask for it."""
+
+    def redirected(self, labels: Any) -> Any: ...
+
 
 Part = tuple[float, Callable[[Concept, jax.Array], jax.Array]]
 """A weight, and (concept, labels) -> labels."""
@@ -40,7 +46,7 @@ def nothing(concept: Concept, labels: jax.Array) -> jax.Array:
     return jnp.full_like(labels, -1)
 
 
-TO_ANOTHER = Redirect(((1.0, Concept.redirected),))
+TO_ANOTHER = Redirect(((1.0, lambda concept, labels: concept.redirected(labels)),))
 TO_NOTHING = Redirect(((1.0, nothing),))
 # Away from the concept by as much as guidance would go towards it (Gandikota et al., arXiv 2303.07345).
 AWAY = Redirect(((2.0, nothing), (-1.0, lambda concept, labels: labels)))

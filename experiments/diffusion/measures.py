@@ -34,23 +34,23 @@ class Drawer(NamedTuple):
     losses: Callable[[Params, Pictures], np.ndarray]
 
 
-def in_parts(function: Callable[..., Any], *arrays: Any) -> np.ndarray:
+def in_parts(function: Callable[..., Any], *arrays: Any, at_once: int = ROWS_AT_ONCE) -> np.ndarray:
     """function(number of the part, *parts) of so many rows at a time; the last ones are filled up."""
     amount, found = len(arrays[0]), []
-    for index, start in enumerate(range(0, amount, ROWS_AT_ONCE)):
-        rows = np.resize(np.arange(start, min(start + ROWS_AT_ONCE, amount)), ROWS_AT_ONCE)
+    for index, start in enumerate(range(0, amount, at_once)):
+        rows = np.resize(np.arange(start, min(start + at_once, amount)), at_once)
         found.append(np.asarray(function(index, *(array[rows] for array in arrays))))
     return np.concatenate(found)[:amount]
 
 
-def make_drawer(network: Network, shape: tuple[int, ...]) -> Drawer:
-    """`shape` is that of one image."""
+def make_drawer(network: Network, shape: tuple[int, ...], at_once: int = ROWS_AT_ONCE) -> Drawer:
+    """`shape` is that of one image; so many are drawn at once."""
 
     @jax.jit
     def from_noised(params, key, x, asked, guidance, start):
         return sample(guided(network, params, asked, guidance), key, x, start=start)
 
-    noise = jax.jit(lambda key: jax.random.normal(key, (ROWS_AT_ONCE, *shape)))
+    noise = jax.jit(lambda key: jax.random.normal(key, (at_once, *shape)))
     partly = jax.jit(partly_noised)
     key_of = lambda seed, index: jax.random.fold_in(jax.random.key(seed), index)
 
@@ -59,7 +59,7 @@ def make_drawer(network: Network, shape: tuple[int, ...]) -> Drawer:
             key = key_of(seed, index)
             return from_noised(params, key, noise(key), asked, jnp.float32(guidance), jnp.float32(LATEST))
 
-        return in_parts(part, asked)
+        return in_parts(part, asked, at_once=at_once)
 
     def redraw(params: Params, images: np.ndarray, asked: jax.Array, seed: int, start: float) -> np.ndarray:
         def part(index, images, asked):
@@ -67,7 +67,7 @@ def make_drawer(network: Network, shape: tuple[int, ...]) -> Drawer:
             x = partly(key, images, jnp.float32(start))
             return from_noised(params, key, x, asked, jnp.float32(GUIDANCE), jnp.float32(start))
 
-        return in_parts(part, images, asked)
+        return in_parts(part, images, asked, at_once=at_once)
 
     @jax.jit
     def some_losses(params, key, pictures):
@@ -76,7 +76,7 @@ def make_drawer(network: Network, shape: tuple[int, ...]) -> Drawer:
 
     def losses(params: Params, pictures: Pictures) -> np.ndarray:
         part = lambda index, x, labels: some_losses(params, key_of(0, index), Pictures(x, labels))
-        return in_parts(part, *pictures)
+        return in_parts(part, *pictures, at_once=at_once)
 
     return Drawer(draw, redraw, jax.jit(network.embed), losses)
 

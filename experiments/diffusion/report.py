@@ -205,7 +205,5 @@ def write_report(path: pathlib.Path, task: Task, records: RecordsByKey, origin: 
             ],
         ),
     ]  # fmt: skip
-    del origin["config"]["runs_dir"]  # a place on this machine, and no part of the results
-    origin["config"].pop("data_dir", None)
     write_sections(path, f"{task.title}: forgetting {names[concept.value]}", sections, origin)
     return sections

@@ -16,6 +16,7 @@ from experiments.diffusion.losses import TO_ANOTHER, Model, make_losses, peer_lo
 from experiments.diffusion.methods import METHODS, Peer, Unlearning, budget
 from experiments.diffusion.tasks import Concept, Task
 from experiments.shared.loop import make_plan, make_unlearn, make_unlearner
+from experiments.shared.methods.method import LossFunctions
 from experiments.shared.models.diffusion.network import Params
 from experiments.shared.models.diffusion.training import Pictures, noised_pictures
 from experiments.shared.models.lora import Adapter, LowRank, merged
@@ -128,24 +129,36 @@ def by_unlearn(bench: Bench, name: str, method: Unlearning) -> tuple[Params, Rec
 
 
 def by_peer(bench: Bench, name: str, method: Peer) -> tuple[Params, Record]:
-    task, concept, scale = bench.task, bench.task.concepts[0], bench.scale
-    original = kept(bench, ORIGINAL)
-    losses = peer_losses(bench.network, original, concept, TO_ANOTHER)
+    task, concept = bench.task, bench.task.concepts[0]
+    losses = peer_losses(bench.network, kept(bench, ORIGINAL), concept, TO_ANOTHER)
+    gone = concept.asked_for(task.train.labels)
+    return run_peer(bench, name, method, losses, task.train, np.flatnonzero(gone), np.flatnonzero(~gone))
+
+
+def run_peer(
+    bench: Bench,
+    name: str,
+    method: Peer,
+    losses: LossFunctions,
+    pictures: Pictures,
+    forget: np.ndarray,
+    retain: np.ndarray,
+) -> tuple[Params, Record]:
+    """A method of others from the original, on those rows of the pictures."""
+    scale = bench.scale
     unlearner = make_unlearner(
         method.make,
         losses,
         optimizer=optax.adam,
         augmented=lambda key, pictures: noised_pictures(key, pictures),
     )
-    gone = concept.asked_for(task.train.labels)
     plan = make_plan(
-        np.flatnonzero(gone), np.flatnonzero(~gone), steps=scale.steps, batch_size=scale.batch_size,
-        seed=bench.seed, independent=True,
-    )  # fmt: skip
+        forget, retain, steps=scale.steps, batch_size=scale.batch_size, seed=bench.seed, independent=True
+    )
     report = lambda part: bench.progress(f"{name}: unlearning", part * scale.steps)
-    on_device = Pictures(*map(jnp.asarray, task.train))
+    on_device = Pictures(*map(jnp.asarray, pictures))
     knobs = {"learning_rate": scale.rate, **method.knobs}
-    done = make_unlearn(unlearner)(knobs, original, on_device, plan, bench.seed, report)
+    done = make_unlearn(unlearner)(knobs, kept(bench, ORIGINAL), on_device, plan, bench.seed, report)
     return done.params, {key: values.round(6).tolist() for key, values in done.history.items()}
 
 

@@ -7,8 +7,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
-from experiments.diffusion.emoji.captions import COLOUR, GREY, NEGATIVE, SKETCH, STYLES, THINGS, UNSEEN
-from experiments.diffusion.emoji.captions import tokens_of_kinds
+from experiments.diffusion.emoji.captions import (
+    COLOUR,
+    NEGATIVE,
+    SKETCH,
+    STYLES,
+    THINGS,
+    UNSEEN,
+    tokens_of_kinds,
+)
 
 FONT = pathlib.Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 # The only size that the font's pictures have.
@@ -42,7 +49,9 @@ def load_font(path: pathlib.Path) -> ImageFont.FreeTypeFont:
 def drawn_large(font: ImageFont.FreeTypeFont, name: str) -> Image.Image:
     """The emoji with that Unicode name in the middle of a white square."""
     image = Image.new("RGB", (2 * LARGE, 2 * LARGE), WHITE)
-    ImageDraw.Draw(image).text((LARGE // 2, LARGE // 2), unicodedata.lookup(name), font=font, embedded_color=True)
+    ImageDraw.Draw(image).text(
+        (LARGE // 2, LARGE // 2), unicodedata.lookup(name), font=font, embedded_color=True
+    )
     left, top, right, bottom = ImageChops.difference(image, Image.new("RGB", image.size, WHITE)).getbbox()
     x, y = (left + right - LARGE) // 2, (top + bottom - LARGE) // 2
     return image.crop((x, y, x + LARGE, y + LARGE))
