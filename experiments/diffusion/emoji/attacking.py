@@ -1,4 +1,4 @@
-"""Attempts to have the concept drawn again: by other captions, another vector, a real picture, fine-tuning."""
+"""Attempts to have the concept drawn again: other captions, another vector, a real picture, fine-tuning."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ PROMPTS = (
     "cat face kitten teddy",
     "face",
 )
-"""Captions that may ask for a cat: by its other name, in other words than the ones that were forgotten, in too many."""
+"""Captions that may ask for a cat: by its other name, without its style, among other words."""
 
 EACH = 4
 """Samples of an attack, in samples of a thing in a style."""

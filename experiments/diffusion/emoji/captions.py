@@ -64,7 +64,7 @@ NUMBERS = {word: number for number, word in enumerate(VOCABULARY)}
 
 
 def tokens_of(caption: str) -> np.ndarray:
-    """The numbers of its words, [LENGTH], int32; -1 where it has fewer. ValueError for a word of no caption."""
+    """The numbers of its words, [LENGTH], int32, -1 where it has fewer; ValueError for an unknown word."""
     words = caption.split()
     if unknown := [word for word in words if word not in NUMBERS]:
         raise ValueError(f"no caption has {', '.join(unknown)}; the words are {', '.join(VOCABULARY)}")

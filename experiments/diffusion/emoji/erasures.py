@@ -68,7 +68,7 @@ class Erasure(NamedTuple):
         return jnp.where(tokens == NO_WORD, NO_WORD, jnp.asarray(table)[tokens])
 
     def utilities(self, kinds: np.ndarray) -> dict[str, np.ndarray]:
-        """What is kept, in parts that each have a budget: bool [N] by name; together all that is not forgotten.
+        """All that is kept, in parts that each have a budget: bool [N] by name.
 
         Of a thing: its neighbours, faces like it, and all others. Of a style: every other one. Of a thing in
         one style: the thing in other styles, the style on other things, and all others.

@@ -24,7 +24,7 @@ FEW = (HEADLINE, "constant weight", "redirect alone")
 
 NETWORK = dit.Config(size=SIZE, channels=3, patch=4, width=96, layers=4, heads=4, labels=(1,))
 SMALL = dit.Config(size=SIZE, channels=3, patch=12, width=16, layers=2, heads=2, labels=(1,))
-ROWS_AT_ONCE = 40
+ROWS_AT_ONCE = 32
 
 
 class Amounts(NamedTuple):
@@ -45,13 +45,13 @@ class Amounts(NamedTuple):
 
 FULL = Amounts(
     Scale(
-        Recipe(4000, batch_size=32, rate=1.5e-3), judge_steps=3000, steps=100, rate=5e-4, batch_size=32,
-        adapter_steps=100, adapter_rate=1e-2, samples=10, relearning_steps=20, relearning_rate=5e-4,
-        search_steps=100, search_rate=3e-2,
+        Recipe(4000, batch_size=32, rate=1.5e-3), judge_steps=2000, steps=80, rate=5e-4, batch_size=24,
+        adapter_steps=80, adapter_rate=1e-2, samples=8, relearning_steps=20, relearning_rate=5e-4,
+        search_steps=60, search_rate=3e-2,
     ),
     NETWORK, pictures=128, held_out=16,
     plan=(
-        (CONCEPT, METHODS), (STYLE, FEW), (COMBINATION, FEW), (ATTRIBUTE, FEW),
+        (CONCEPT, METHODS), (STYLE, FEW), (COMBINATION, (HEADLINE,)), (ATTRIBUTE, FEW[:2]),
     ),
 )  # fmt: skip
 SMOKE = Amounts(

@@ -26,7 +26,13 @@ WHITE = (255, 255, 255)
 
 
 class Emoji(NamedTuple):
-    """Pictures [N, SIZE, SIZE, 3] in [-1, 1], the words of their captions [N, LENGTH], and (thing, style) [N, 2]."""
+    """Pictures with all that is known of them.
+
+    Attributes:
+      x: [N, SIZE, SIZE, 3], float32 in [-1, 1].
+      tokens: the words of the captions, int32 [N, LENGTH].
+      kinds: (thing, style), int32 [N, 2].
+    """
 
     x: np.ndarray
     tokens: np.ndarray
@@ -87,7 +93,7 @@ def varied(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def drawn(amount: int, seed: int, font: pathlib.Path = FONT, unseen: bool = False) -> Emoji:
-    """So many pictures of every thing in every style; `unseen`: of the combinations that are left out, instead."""
+    """So many pictures of every thing in every style but for those of UNSEEN, or of those alone."""
     rng, loaded = np.random.default_rng(seed), load_font(font)
     large = [drawn_large(loaded, thing.unicode) for thing in THINGS]
     kinds = [

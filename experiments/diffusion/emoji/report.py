@@ -31,7 +31,7 @@ NAMES = tuple(thing.name for thing in THINGS)
 
 
 class Real(NamedTuple):
-    """Held-out pictures, with those of combinations that nobody was trained on: what samples are compared with."""
+    """Held-out pictures, with those of combinations that nobody was trained on."""
 
     kinds: np.ndarray
     images: np.ndarray
@@ -214,6 +214,38 @@ def plot_concept(path: pathlib.Path, gallery: Gallery, methods: Sequence[str]) -
     save(figure, path)
 
 
+def said_of_model(gallery: Gallery, records: RecordsByKey) -> str:
+    things, styles = (f"{share:.1%}" for share in records[(JUDGE,)]["right"])
+    unseen = ", ".join(f'"{caption_of(*kind)}"' for kind in UNSEEN)
+    return (
+        f'Captions such as "{caption_of(0, 1)}"; nobody was trained on {unseen}. A classifier, right on '
+        f"{things} of the things and {styles} of the styles of held-out pictures, judges samples of 20 DDIM "
+        f"steps: {records['agreement', ORIGINAL]['samples']} at each guidance, then "
+        f"{gallery.bench.scale.samples} of each thing in each style at guidance {GUIDANCE:g}, as everywhere "
+        "below."
+    )
+
+
+def said_of_erasure(gallery: Gallery, erasure: Erasure) -> str:
+    asked = np.repeat(ALL_KINDS, gallery.bench.scale.samples, 0)
+    counts = {name: int(rows.sum()) for name, rows in erasure.utilities(asked).items()}
+    of_each = ", ".join(f"{count} {name}" for name, count in counts.items())
+    return (
+        f"Shares of {int(erasure.matches(asked).sum())} samples that are asked for what is forgotten, and of "
+        f"kept ones ({of_each}). Distances are Frechet's of the classifier's 64 hidden units to real "
+        "pictures; of so few samples they say something beside the Original's alone. Losses are the rise "
+        "over the Original's, on held-out pictures."
+    )
+
+
+def said_of_attacks(gallery: Gallery) -> str:
+    return (
+        f"The share of {amount_of(gallery)} samples in which the forgotten thing is seen. Relearning: "
+        f"fine-tuning on {attacks.RELEARNED_FROM} of its pictures. Another vector: in place of the sum of the "
+        "words, what denoises its coloured pictures best. Both are looked at at the start and four times."
+    )
+
+
 def write_report(gallery: Gallery, records: RecordsByKey, origin: Origin) -> list[Section]:
     """Writes everything that the records of a whole run tell; returns the sections of the report."""
     path, plan = gallery.bench.folder, dict(gallery.amounts.plan)
@@ -234,67 +266,53 @@ def write_report(gallery: Gallery, records: RecordsByKey, origin: Origin) -> lis
     }
     plot_sheets(path / "adapters.png", {title: sheet(name) for title, name in stacks.items()})
     plot_concept(path / "concept.png", gallery, plan[CONCEPT])
-    judged_right = [f"{share:.1%}" for share in records[(JUDGE,)]["right"]]
-    unseen = ", ".join(f'"{caption_of(*kind)}"' for kind in UNSEEN)
-    samples, at_attacks = gallery.bench.scale.samples, amount_of(gallery)
     sections = [
         Section(
             "The model before",
             [
-                f'Captions such as "{caption_of(0, 1)}"; nobody was trained on {unseen}. A classifier, right on '
-                f"{judged_right[0]} of the things and {judged_right[1]} of the styles of held-out pictures, judges "
-                f"samples of 20 DDIM steps: {records['agreement', ORIGINAL]['samples']} at each guidance, and below "
-                f"{samples} of each thing in each style at guidance {GUIDANCE:g}, as everywhere else.",
+                said_of_model(gallery, records),
                 guidance_table(records),
                 agreement_table(gallery),
                 Picture("models.png"),
             ],
-        )
-    ]
-    for erasure, methods in plan.items():
-        asked = np.repeat(ALL_KINDS, samples, 0)
-        counts = {name: int(rows.sum()) for name, rows in erasure.utilities(asked).items()}
-        sections.append(
+        ),
+        *(
             Section(
                 erasure.title,
                 [
-                    f"Shares of {int(erasure.matches(asked).sum())} samples that are asked for what is forgotten, and "
-                    f"of kept ones ({', '.join(f'{count} {name}' for name, count in counts.items())}). Distances "
-                    "are Frechet's of the classifier's 64 hidden units to real pictures: of so few samples compare "
-                    "them with the Original's alone. Losses are the rise over the Original's, on held-out pictures.",
+                    said_of_erasure(gallery, erasure),
                     erasure_table(gallery, real, records, erasure, methods),
                     *([Picture("concept.png")] if erasure == CONCEPT else []),
                 ],
             )
-        )
-    sections += [
+            for erasure, methods in plan.items()
+        ),
         Section(
             "Budgets",
             [
-                f"Each utility may lose {BUDGET_SHARE:.0%} of the Original's denoising loss of it. Measured by the "
-                "runs themselves, at other noise.",
+                f"Each utility may lose {BUDGET_SHARE:.0%} of the Original's denoising loss of it. Measured by "
+                "the runs themselves, at other noise.",
                 promise_table(records),
             ],
         ),
         Section(
             f"Attacks on {CONCEPT.title}",
             [
-                f"The share of {at_attacks} samples in which a {NAMES[CONCEPT.thing or 0]} is seen. Relearning: "
-                f"fine-tuning on {attacks.RELEARNED_FROM} of its pictures. Another vector: in place of the sum of the "
-                "words, what denoises its coloured pictures best. Both are looked at at the start and four times.",
+                said_of_attacks(gallery),
                 attack_table(gallery, records),
-                "The same by caption; the unlearning saw none of these.",
+                "The same by captions that no method was given.",
                 caption_table(gallery, records),
             ],
         ),
         Section(
             "Three at once",
             [
-                f"Adapters of rank {RANK}, each trained alone under a budget, then added to the original together.",
+                f"Adapters of rank {RANK}, each trained alone under budgets, then added to the original "
+                "together.",
                 adapter_table(gallery),
                 Picture("adapters.png"),
             ],
         ),
-    ]  # fmt: skip
+    ]
     write_sections(path, "Emoji: forgetting by caption", sections, origin)
     return sections

@@ -1,4 +1,4 @@
-"""How a model of emoji is unlearned: by `eu.unlearn` with a budget for each utility, or by a method of others."""
+"""How a model of emoji is unlearned: by `eu.unlearn`, a budget for each utility, or by others' methods."""
 
 import time
 from typing import Any
@@ -64,8 +64,9 @@ def run(
     losses = np.array(
         [bench.drawer.losses(original, sets.retain[name]).mean() for name in sorted(sets.retain)]
     )
+    losses_fn = make_losses(bench.network, erasure, TO_ANOTHER)
     model, history = run_unlearn(
-        bench, name, make_losses(bench.network, erasure, TO_ANOTHER), method.constraint(losses), sets, adapter,
+        bench, name, losses_fn, method.constraint(losses), sets, adapter,
         batch_size=(bench.scale.batch_size, dict.fromkeys(sets.retain, share)),
         initial_multiplier=method.multiplier / several,
     )  # fmt: skip
