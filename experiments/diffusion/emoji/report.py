@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from experiments.diffusion import attacks
 from experiments.diffusion.bench import JUDGE
 from experiments.diffusion.emoji import study
-from experiments.diffusion.emoji.attacking import PROMPTS, amount_of
+from experiments.diffusion.emoji.attacking import ATTACKS, PROMPTS, amount_of
 from experiments.diffusion.emoji.captions import STYLES, THINGS, UNSEEN, caption_of
 from experiments.diffusion.emoji.erasures import CONCEPT, TOGETHER, Erasure
 from experiments.diffusion.emoji.gallery import Gallery
@@ -49,10 +49,11 @@ def right(looked: Looked, rows: np.ndarray) -> float:
     return float((looked.seen == looked.asked).all(-1)[rows].mean())
 
 
-def models_of(erasure: Erasure, methods: Sequence[str]) -> dict[str, str]:
-    """The models of one table, by how they are called there."""
+def models_of(records: RecordsByKey, erasure: Erasure, methods: Sequence[str]) -> dict[str, str]:
+    """The models of one table that were looked at, by how they are called there."""
     found = {ORIGINAL: ORIGINAL} | ({RETRAIN: RETRAIN} if erasure == CONCEPT else {})
-    return found | {method: study.name_of(erasure, method) for method in methods}
+    found |= {method: study.name_of(erasure, method) for method in methods}
+    return {label: name for label, name in found.items() if ("look", name) in records}
 
 
 def scores(
@@ -81,7 +82,7 @@ def erasure_table(
 ) -> Frame:
     folder, held_out = gallery.bench.folder, gallery.held_out.kinds
     before, lines = looked_at(folder, ORIGINAL), {}
-    for label, name in models_of(erasure, methods).items():
+    for label, name in models_of(records, erasure, methods).items():
         run = records.get(("unlearn", name), records.get(("train", name), {}))
         seconds = run["cpu_seconds"]
         lines[label] = scores(erasure, looked_at(folder, name), before, real, held_out)
@@ -136,10 +137,16 @@ def shown_as(name: str) -> str:
     return name.removeprefix(f"{CONCEPT.title}, ")
 
 
+def attacked_of(gallery: Gallery, records: RecordsByKey) -> list[str]:
+    """The models that all attacks were tried on."""
+    names = study.attacked(gallery.amounts)
+    return [name for name in names if all((kind, name) in records for kind in ATTACKS)]
+
+
 def attack_table(gallery: Gallery, records: RecordsByKey) -> Frame:
     """The share of samples in which the concept is seen, along each attack."""
     lines = {}
-    for name in study.attacked(gallery.amounts):
+    for name in attacked_of(gallery, records):
         of = lambda kind, name=name: curve(records[kind, name]["still"])
         lines[shown_as(name)] = {
             "relearning": of("relearn"),
@@ -152,7 +159,7 @@ def attack_table(gallery: Gallery, records: RecordsByKey) -> Frame:
 
 def caption_table(gallery: Gallery, records: RecordsByKey) -> Frame:
     lines = {}
-    for name in study.attacked(gallery.amounts):
+    for name in attacked_of(gallery, records):
         shares = records["prompt", name]["still"]
         lines[shown_as(name)] = {
             f'"{caption}"': f"{share:.2f}" for caption, share in zip(PROMPTS, shares, strict=True)
@@ -160,11 +167,11 @@ def caption_table(gallery: Gallery, records: RecordsByKey) -> Frame:
     return pd.DataFrame.from_dict(lines, orient="index")
 
 
-def adapter_table(gallery: Gallery) -> Frame:
+def adapter_table(gallery: Gallery, records: RecordsByKey) -> Frame:
     """What is still drawn of each concept, and how much of all the others is right."""
     lines = {}
     stacks = [study.stack_name(names, scale) for names, scale in study.stacks()]
-    for name in (ORIGINAL, *stacks):
+    for name in (ORIGINAL, *(name for name in stacks if ("look", name) in records)):
         looked = looked_at(gallery.bench.folder, name)
         gone = [erasure.matches(looked.asked) for erasure in TOGETHER]
         shares = {
@@ -194,17 +201,25 @@ def first_of(kinds: np.ndarray, images: np.ndarray, number: int = 0) -> np.ndarr
     return np.stack([images[np.flatnonzero((kinds == kind).all(-1))[number]] for kind in ALL_KINDS])
 
 
-def plot_sheets(path: pathlib.Path, sheets: dict[str, np.ndarray]) -> None:
-    """Sheets of every thing in every style, side by side, by their titles."""
+def sheets_of(path: pathlib.Path, records: RecordsByKey, names: dict[str, str]) -> dict[str, np.ndarray]:
+    """Samples of every thing in every style, by title, of the models that were looked at."""
+    looked = {title: looked_at(path, name) for title, name in names.items() if ("look", name) in records}
+    return {title: first_of(of.asked, of.images) for title, of in looked.items()}
+
+
+def plot_sheets(path: pathlib.Path, sheets: dict[str, np.ndarray], real: Real | None = None) -> None:
+    """Sheets side by side, after one of real pictures."""
+    if real is not None:
+        sheets = {"real pictures": first_of(real.kinds, in_bytes(real.images))} | sheets
     figure, axes = grid(len(sheets), SHEETS, 2.9, 4.9)
     for axis, (title, images) in zip(axes, sheets.items(), strict=True):
         show(axis, images, title, NAMES)
     save(figure, path)
 
 
-def plot_concept(path: pathlib.Path, gallery: Gallery, methods: Sequence[str]) -> None:
+def plot_concept(path: pathlib.Path, gallery: Gallery, records: RecordsByKey, methods: Sequence[str]) -> None:
     """Samples of the concept in every style, of every model."""
-    names = models_of(CONCEPT, methods)
+    names = models_of(records, CONCEPT, methods)
     figure, axes = grid(len(names), SHEETS, 2.6, 2.9)
     amount = min(EXAMPLES, gallery.bench.scale.samples)
     for axis, (label, name) in zip(axes, names.items(), strict=True):
@@ -241,8 +256,8 @@ def said_of_erasure(gallery: Gallery, erasure: Erasure) -> str:
 def said_of_attacks(gallery: Gallery) -> str:
     return (
         f"The share of {amount_of(gallery)} samples in which the forgotten thing is seen. Relearning: "
-        f"fine-tuning on {attacks.RELEARNED_FROM} of its pictures. Another vector: in place of the sum of the "
-        "words, what denoises its coloured pictures best. Both are looked at at the start and four times."
+        f"fine-tuning on {attacks.RELEARNED_FROM} of its pictures. Another vector: in place of the sum of "
+        "the words, what denoises its coloured pictures best. Both are looked at at the start and four times."
     )
 
 
@@ -250,22 +265,15 @@ def write_report(gallery: Gallery, records: RecordsByKey, origin: Origin) -> lis
     """Writes everything that the records of a whole run tell; returns the sections of the report."""
     path, plan = gallery.bench.folder, dict(gallery.amounts.plan)
     real = real_of(gallery)
-    sheet = lambda name: first_of(*looked_at(path, name)[::2])
     of_all = study.stack_name(tuple(erasure.title for erasure in TOGETHER), 1.0)
-    plot_sheets(
-        path / "models.png",
-        {"real pictures": first_of(real.kinds, in_bytes(real.images)), ORIGINAL: sheet(ORIGINAL)}
-        | {erasure.title: sheet(study.name_of(erasure, HEADLINE)) for erasure in plan}
-        | {"three adapters": sheet(of_all), "Retrain, without cats": sheet(RETRAIN)},
-    )
-    stacks = {
-        f"all three, scale {scale:g}" if len(names) > 1 else f"{names[0]} alone": study.stack_name(
-            names, scale
-        )
-        for names, scale in study.stacks()
-    }
-    plot_sheets(path / "adapters.png", {title: sheet(name) for title, name in stacks.items()})
-    plot_concept(path / "concept.png", gallery, plan[CONCEPT])
+    sheets = {ORIGINAL: ORIGINAL}
+    sheets |= {erasure.title: study.name_of(erasure, HEADLINE) for erasure in plan}
+    sheets |= {"three adapters": of_all, "Retrain, without cats": RETRAIN}
+    plot_sheets(path / "models.png", sheets_of(path, records, sheets), real)
+    called = lambda names, scale: f"all three, scale {scale:g}" if len(names) > 1 else f"{names[0]} alone"
+    stacks = {called(*stack): study.stack_name(*stack) for stack in study.stacks()}
+    plot_sheets(path / "adapters.png", sheets_of(path, records, stacks))
+    plot_concept(path / "concept.png", gallery, records, plan[CONCEPT])
     sections = [
         Section(
             "The model before",
@@ -309,7 +317,7 @@ def write_report(gallery: Gallery, records: RecordsByKey, origin: Origin) -> lis
             [
                 f"Adapters of rank {RANK}, each trained alone under budgets, then added to the original "
                 "together.",
-                adapter_table(gallery),
+                adapter_table(gallery, records),
                 Picture("adapters.png"),
             ],
         ),
