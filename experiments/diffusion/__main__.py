@@ -27,9 +27,9 @@ class Config:
 
     Methods from the same model, at the same number of steps and rate; measured beside the model before and a
     reference that never saw the class, then attacked; and low-rank adapters that are trained apart and used
-    together. Emoji are asked for by caption; a thing, a style and both together are forgotten. Writes tables.md,
-    pictures and report.html to a new folder under --runs-dir, and every model as safetensors; --smoke (a tiny
-    network) under 2 min.
+    together. Emoji are asked for by caption; a thing, a style and both together are forgotten. Writes
+    tables.md, pictures and report.html to a new folder under --runs-dir, and every model as safetensors;
+    --smoke (a tiny network) under 2 min.
     """
 
     task: Literal["digits", "fashion-mnist", "emoji"] = "digits"

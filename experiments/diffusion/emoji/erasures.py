@@ -61,11 +61,11 @@ class Erasure(NamedTuple):
         """Which captions [N, LENGTH] have all of the words, bool [N]."""
         return np.all([(tokens == NUMBERS[word]).any(-1) for word in self.words], 0)
 
-    def redirected(self, tokens: Any) -> jax.Array:
-        """The captions with the other words."""
+    def redirected(self, labels: Any) -> jax.Array:
+        """Captions [N, LENGTH], the labels of pictures, with the other words."""
         table = np.arange(len(VOCABULARY), dtype=np.int32)
         table[[NUMBERS[word] for word in self.words]] = [NUMBERS[word] for word in self.instead]
-        return jnp.where(tokens == NO_WORD, NO_WORD, jnp.asarray(table)[tokens])
+        return jnp.where(labels == NO_WORD, NO_WORD, jnp.asarray(table)[labels])
 
     def utilities(self, kinds: np.ndarray) -> dict[str, np.ndarray]:
         """All that is kept, in parts that each have a budget: bool [N] by name.

@@ -298,8 +298,8 @@ def write_report(gallery: Gallery, records: RecordsByKey, origin: Origin) -> lis
         Section(
             "Budgets",
             [
-                f"Each utility may lose {BUDGET_SHARE:.0%} of the Original's denoising loss of it. Measured by "
-                "the runs themselves, at other noise.",
+                f"Each utility may lose {BUDGET_SHARE:.0%} of the Original's denoising loss of it. Measured "
+                "by the runs themselves, at other noise.",
                 promise_table(records),
             ],
         ),

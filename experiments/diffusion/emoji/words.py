@@ -21,5 +21,5 @@ class Words(nnx.Module):
 def text_to_image(config: dit.Config, vocabulary: int, rngs: nnx.Rngs) -> dit.DiT:
     """The transformer with words in place of labels."""
     network = dit.DiT(config, rngs)
-    network.embed_labels = Words(vocabulary, config.width, rngs)
+    network.embed_labels = Words(vocabulary, config.width, rngs)  # pyright: ignore[reportAttributeAccessIssue]
     return network
