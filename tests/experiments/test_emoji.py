@@ -15,7 +15,8 @@ from experiments.diffusion.emoji import captions, erasures, gallery, pictures, u
 from experiments.diffusion.emoji.captions import NO_WORD, NOTHING, UNSEEN, tokens_of, tokens_of_kinds
 from experiments.diffusion.emoji.looking import ALL_KINDS
 from experiments.diffusion.emoji.pictures import Emoji
-from experiments.shared.models.diffusion.network import make_network
+from experiments.shared.models.diffusion.network import Network, make_network
+from experiments.shared.models.diffusion.training import CHUNK, Pictures, Recipe, make_trainer
 from experiments.shared.models.files import load_params
 from experiments.shared.records import read_records
 from experiments.shared.report import ORIGINAL, RETRAIN
@@ -161,6 +162,24 @@ def test_the_kept_weights_are_of_the_network():
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.float16)}
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
     assert gallery.WEIGHTS.stat().st_size < 2.5e6
+
+
+def test_training_goes_on_from_parameters_that_it_leaves_alone():
+    """At a rate near 0 the result is what it started from; the other way it is not."""
+    network = Network(
+        init=lambda key: {"value": jnp.zeros(3)},
+        embed=lambda params, labels: jnp.zeros((len(labels), 1)),
+        predict=lambda params, x, t, asked: x * 0 + params["value"],
+        new_adapter=lambda key, rank: {},
+    )
+    shown = Pictures(np.ones((4, 2, 2, 3), np.float32), np.zeros((4, 1), np.int32))
+    start = {"value": jnp.array([3.0, -2.0, 1.0])}
+    still, moved = (
+        make_trainer(network, Recipe(CHUNK, rate=rate))(shown, np.arange(4), 0, params=start).params["value"]
+        for rate in (1e-9, 0.1)
+    )
+    np.testing.assert_allclose(still, start["value"], atol=1e-6)
+    assert np.abs(moved - start["value"]).min() > 0.01
 
 
 # What a method is given

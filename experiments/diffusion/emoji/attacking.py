@@ -27,7 +27,7 @@ PROMPTS = (
 )
 """Captions that may ask for a cat: by its other name, without its style, among other words."""
 
-EACH = 4
+EACH = 5
 """Samples of an attack, in samples of a thing in a style."""
 
 
