@@ -165,7 +165,7 @@ def test_the_kept_weights_are_of_the_network():
 
 
 def test_training_goes_on_from_parameters_that_it_leaves_alone():
-    """At a rate near 0 the result is what it started from; the other way it is not."""
+    """At a rate near 0 the result is what it started from, or what the network does."""
     network = Network(
         init=lambda key: {"value": jnp.zeros(3)},
         embed=lambda params, labels: jnp.zeros((len(labels), 1)),
@@ -174,12 +174,9 @@ def test_training_goes_on_from_parameters_that_it_leaves_alone():
     )
     shown = Pictures(np.ones((4, 2, 2, 3), np.float32), np.zeros((4, 1), np.int32))
     start = {"value": jnp.array([3.0, -2.0, 1.0])}
-    still, moved = (
-        make_trainer(network, Recipe(CHUNK, rate=rate))(shown, np.arange(4), 0, params=start).params["value"]
-        for rate in (1e-9, 0.1)
-    )
-    np.testing.assert_allclose(still, start["value"], atol=1e-6)
-    assert np.abs(moved - start["value"]).min() > 0.01
+    train = make_trainer(network, Recipe(CHUNK, rate=1e-9))
+    found = [train(shown, np.arange(4), 0, params=params).params["value"] for params in (start, None)]
+    np.testing.assert_allclose(found, [start["value"], np.zeros(3)], atol=1e-6)
 
 
 # What a method is given
