@@ -34,7 +34,6 @@ class Amounts(NamedTuple):
       scale: of training, unlearning, samples and attacks, of each thing in each style.
       pictures, held_out: of each thing in each style.
       plan: the methods of each erasure.
-      last: the second part of training, on pictures that vary a little; that of `scale` is on others.
     """
 
     scale: Scale
@@ -42,7 +41,6 @@ class Amounts(NamedTuple):
     pictures: int
     held_out: int
     plan: tuple[tuple[Erasure, tuple[str, ...]], ...]
-    last: Recipe
 
 
 FULL = Amounts(
@@ -55,15 +53,13 @@ FULL = Amounts(
     plan=(
         (CONCEPT, METHODS), (STYLE, FEW), (COMBINATION, (HEADLINE,)), (ATTRIBUTE, FEW[:2]),
     ),
-    last=Recipe(1200, batch_size=32, rate=1e-3),
 )  # fmt: skip
 SMOKE = Amounts(
     FULL.scale._replace(
-        recipe=Recipe(50, batch_size=16, memory=0.9), judge_steps=100, steps=10, batch_size=8,
+        recipe=Recipe(100, batch_size=16, memory=0.9), judge_steps=100, steps=10, batch_size=8,
         adapter_steps=5, samples=1, relearning_steps=4, search_steps=4,
     ),
     SMALL, pictures=16, held_out=4, plan=((CONCEPT, (HEADLINE, "SalUn")), (COMBINATION, (HEADLINE,))),
-    last=Recipe(50, batch_size=16, memory=0.9),
 )  # fmt: skip
 
 
@@ -71,13 +67,11 @@ class Gallery(NamedTuple):
     """What all pieces need: the room's bench, the pictures with all that is known of them, and the plan.
 
     Attributes:
-      much_varied: of the first part of training alone.
       unseen, judged: pictures of the combinations that nobody is trained on; the judge alone is, on `judged`.
       weights: the file of the model before; None to train it.
     """
 
     bench: Bench
-    much_varied: Emoji
     train: Emoji
     held_out: Emoji
     unseen: Emoji
@@ -94,7 +88,6 @@ def make_gallery(
     weights: pathlib.Path | None,
     font: pathlib.Path = FONT,
 ) -> Gallery:
-    much_varied = drawn(amounts.pictures, 0, font, most=1.0)
     train, held_out = drawn(amounts.pictures, 0, font), drawn(amounts.held_out, 1, font)
     unseen, judged = (
         drawn(amount, seed, font, unseen=True)
@@ -106,6 +99,4 @@ def make_gallery(
     task = Task("Emoji", names, of(train), of(held_out), (), make, amounts.scale)
     bench = make_bench(task, path, seed, progress)
     drawer = make_drawer(bench.network, train.x.shape[1:], ROWS_AT_ONCE)
-    return Gallery(
-        bench._replace(drawer=drawer), much_varied, train, held_out, unseen, judged, amounts, weights
-    )
+    return Gallery(bench._replace(drawer=drawer), train, held_out, unseen, judged, amounts, weights)

@@ -21,10 +21,8 @@ FONT = pathlib.Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 # The only size that the font's pictures have.
 FONT_SIZE = 109
 LARGE, SIZE = 128, 24
-MOST_DEGREES, MOST_SHRUNK, MOST_SHIFT, MOST_TINT = 10.0, 0.15, 5, 0.2
+MOST_DEGREES, SMALLEST, MOST_SHIFT, MOST_TINT = 10.0, 0.85, 5, 0.2
 WHITE = (255, 255, 255)
-A_LITTLE = 0.35
-"""How much of that the pictures vary, but for the first part of the training."""
 
 
 class Emoji(NamedTuple):
@@ -79,25 +77,22 @@ def styled(image: Image.Image, style: int) -> Image.Image:
     return grey.convert("RGB")
 
 
-def varied(image: Image.Image, rng: np.random.Generator, most: float) -> Image.Image:
-    """Mirrored or not; turned, shrunk, shifted and tinted at random, `most` of 1 by all that there is."""
+def varied(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Mirrored or not, turned, shrunk, shifted and tinted by a random little."""
     if rng.random() < 0.5:
         image = ImageOps.mirror(image)
-    angle = most * rng.uniform(-MOST_DEGREES, MOST_DEGREES)
-    zoom = 1 + most * rng.uniform(-MOST_SHRUNK, 0)
-    shift = most * rng.uniform(-MOST_SHIFT, MOST_SHIFT, 2)
+    angle, zoom = rng.uniform(-MOST_DEGREES, MOST_DEGREES), rng.uniform(SMALLEST, 1.0)
+    shift = rng.uniform(-MOST_SHIFT, MOST_SHIFT, 2)
     inverse = np.array([[np.cos(a := np.deg2rad(angle)), np.sin(a)], [-np.sin(a), np.cos(a)]]) / zoom
     offset = LARGE / 2 - inverse @ (LARGE / 2 + shift)
     matrix = (*inverse[0], offset[0], *inverse[1], offset[1])
     image = image.transform(
         image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=WHITE
     )
-    return ImageEnhance.Color(image).enhance(1 + most * rng.uniform(-MOST_TINT, MOST_TINT))
+    return ImageEnhance.Color(image).enhance(rng.uniform(1 - MOST_TINT, 1 + MOST_TINT))
 
 
-def drawn(
-    amount: int, seed: int, font: pathlib.Path = FONT, *, most: float = A_LITTLE, unseen: bool = False
-) -> Emoji:
+def drawn(amount: int, seed: int, font: pathlib.Path = FONT, unseen: bool = False) -> Emoji:
     """So many pictures of every thing in every style but for those of UNSEEN, or of those alone."""
     rng, loaded = np.random.default_rng(seed), load_font(font)
     large = [drawn_large(loaded, thing.unicode) for thing in THINGS]
@@ -110,7 +105,7 @@ def drawn(
     kinds = np.repeat(np.array(kinds, np.int32), amount, 0)
     kinds = kinds[rng.permutation(len(kinds))]
     images = [
-        np.asarray(styled(varied(large[thing], rng, most), style).resize((SIZE, SIZE), Image.Resampling.BOX))
+        np.asarray(styled(varied(large[thing], rng), style).resize((SIZE, SIZE), Image.Resampling.BOX))
         for thing, style in kinds
     ]
     x = np.stack(images).astype(np.float32) / 127.5 - 1

@@ -16,7 +16,7 @@ from experiments.diffusion.emoji.gallery import Amounts, Gallery
 from experiments.diffusion.emoji.looking import agreement, look
 from experiments.diffusion.emoji.unlearning import adapted, unlearned
 from experiments.diffusion.unlearning import with_adapters
-from experiments.shared.models.diffusion.training import Pictures, make_trainer
+from experiments.shared.models.diffusion.training import Pictures
 from experiments.shared.models.files import load_params
 from experiments.shared.records import Key, Record, Records
 from experiments.shared.report import ORIGINAL, RETRAIN
@@ -29,34 +29,23 @@ LOOK, ATTACK, AGREEMENT = 60, 25, 120
 TRAINING_STEP = 0.4
 
 
-def training_amount(amounts: Amounts) -> float:
-    """Of one model, for the progress bar."""
-    return (amounts.scale.recipe.steps + amounts.last.steps) * TRAINING_STEP
-
-
 def trained(gallery: Gallery, name: str) -> Record:
     """From scratch: on everything, or for the reference on all but the concept; or as it was kept."""
     bench, start = gallery.bench, time.process_time()
+    amount = bench.scale.recipe.steps * TRAINING_STEP
     if name == ORIGINAL and gallery.weights is not None:
         # Half of the precision is half of the file.
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), load_params(gallery.weights))
-        bench.progress(f"{name}: read", training_amount(gallery.amounts))
+        bench.progress(f"{name}: read", amount)
         keep(bench, name, params)
         return {"losses": [], "cpu_seconds": 0.0}
-    last = gallery.amounts.last
-    parts = (
-        (gallery.much_varied, bench.train, bench.scale.recipe.steps),
-        (gallery.train, make_trainer(bench.network, last), last.steps),
-    )
-    params, losses = None, []
-    for emoji, train, steps in parts:
-        gone = CONCEPT.matches(emoji.kinds) if name == RETRAIN else np.zeros(len(emoji.x), bool)
-        report = lambda part, steps=steps: bench.progress(f"{name}: training", part * steps * TRAINING_STEP)
-        pictures = Pictures(emoji.x, emoji.tokens)
-        params, found = train(pictures, np.flatnonzero(~gone), bench.seed, report, params)
-        losses += [float(part.mean()) for part in np.array_split(found, min(50, len(found)))]
-    keep(bench, name, params)
-    return {"losses": losses, "cpu_seconds": time.process_time() - start}
+    kinds = gallery.train.kinds
+    gone = CONCEPT.matches(kinds) if name == RETRAIN else np.zeros(len(kinds), bool)
+    report = lambda part: bench.progress(f"{name}: training", part * amount)
+    found = bench.train(bench.task.train, np.flatnonzero(~gone), bench.seed, report)
+    keep(bench, name, found.params)
+    parts = np.array_split(found.losses, min(50, len(found.losses)))
+    return {"losses": [float(part.mean()) for part in parts], "cpu_seconds": time.process_time() - start}
 
 
 def trained_judge(gallery: Gallery) -> Record:
@@ -98,7 +87,7 @@ def amount(amounts: Amounts) -> float:
     looks = 2 + models + len(stacks())
     attacks = len(attacked(amounts)) * len(ATTACKS)
     return (
-        2 * training_amount(amounts) + models * scale.steps + len(TOGETHER) * scale.adapter_steps
+        2 * scale.recipe.steps * TRAINING_STEP + models * scale.steps + len(TOGETHER) * scale.adapter_steps
         + looks * LOOK + attacks * ATTACK + AGREEMENT
     )  # fmt: skip
 
@@ -125,7 +114,7 @@ def run_all(gallery: Gallery, records: Records) -> None:
         get(
             ("train", name),
             partial(trained, gallery, name),
-            training_amount(amounts),
+            bench.scale.recipe.steps * TRAINING_STEP,
             tells=True,
         )
         if name == ORIGINAL:

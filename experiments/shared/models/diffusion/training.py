@@ -89,10 +89,7 @@ class Trained(NamedTuple):
 
 
 Train = Callable[..., Trained]
-"""(pictures, rows, seed, report, params) -> Trained, on those rows, from params or from scratch.
-
-report(part) of the whole in between.
-"""
+"""(pictures, rows, seed, report) -> Trained, on those rows; report(part) of the whole in between."""
 
 CHUNK = 50
 """Steps of one compiled call."""
@@ -107,11 +104,8 @@ def make_trainer(network: Network, recipe: Recipe) -> Train:
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99))
 
     def start(key: jax.Array) -> State:
-        return start_from(network.init(key))
-
-    def start_from(params: Params) -> State:
-        # Copies, since the first step takes over the memory.
-        return State(jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, params), tx.init(params))
+        params = network.init(key)
+        return State(params, params, tx.init(params))
 
     def run(state: State, pictures: Pictures, rows: jax.Array, amount: jax.Array, keys: jax.Array):
         def step(state: State, key: jax.Array):
@@ -135,13 +129,12 @@ def make_trainer(network: Network, recipe: Recipe) -> Train:
         rows: np.ndarray,
         seed: int,
         report: Callable[[float], None] = lambda part: None,
-        params: Params | None = None,
     ) -> Trained:
         on_device = Pictures(*map(jnp.asarray, pictures))
         # Of one length for any number of rows.
         padded, amount = jnp.asarray(np.resize(rows, len(pictures.x))), jnp.int32(len(rows))
         first, then = jax.random.split(jax.random.key(seed))
-        state, losses = start(first) if params is None else start_from(params), []
+        state, losses = start(first), []
         for keys in jax.random.split(then, (recipe.steps // CHUNK, CHUNK)):
             state, part = run(state, on_device, padded, amount, keys)
             losses.append(np.asarray(part))
