@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -173,7 +174,8 @@ def test_nothing_that_is_forgotten_is_retained(erasure):
     other_names = np.arange(len(kinds)) % 2 == 0
     x = np.random.default_rng(0).normal(size=(len(kinds), 2, 2, 3)).astype(np.float32)
     emoji = Emoji(x, tokens_of_kinds(kinds, other_names), kinds)
-    made = gallery.Gallery(None, *[emoji] * 4, gallery.SMOKE, None)  # pyright: ignore[reportArgumentType]
+    bench: Any = None
+    made = gallery.Gallery(bench, emoji, emoji, emoji, emoji, gallery.SMOKE, None)
     sets = unlearning.sets_of(made, erasure, 4)
     kind_of = {row.tobytes(): tuple(kind) for row, kind in zip(x, kinds, strict=True)}
     forgotten = np.array([kind_of[row.tobytes()] for row in sets.forget.x])

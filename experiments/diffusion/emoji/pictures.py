@@ -5,7 +5,7 @@ import unicodedata
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
 from experiments.diffusion.emoji.captions import (
     COLOUR,
@@ -58,7 +58,7 @@ def drawn_large(font: ImageFont.FreeTypeFont, name: str) -> Image.Image:
     ImageDraw.Draw(image).text(
         (LARGE // 2, LARGE // 2), unicodedata.lookup(name), font=font, embedded_color=True
     )
-    left, top, right, bottom = ImageChops.difference(image, Image.new("RGB", image.size, WHITE)).getbbox()
+    left, top, right, bottom = ImageOps.invert(image).getbbox() or (0, 0, *image.size)
     x, y = (left + right - LARGE) // 2, (top + bottom - LARGE) // 2
     return image.crop((x, y, x + LARGE, y + LARGE))
 
@@ -73,7 +73,8 @@ def styled(image: Image.Image, style: int) -> Image.Image:
         # The filter leaves the outermost pixels as they are.
         edges = grey.filter(ImageFilter.GaussianBlur(1.5)).filter(ImageFilter.FIND_EDGES)
         edges = ImageOps.expand(ImageOps.crop(edges, 1), 1, 0)
-        grey = edges.filter(ImageFilter.GaussianBlur(1.5)).point(lambda value: max(0, 255 - 9 * value))
+        lines = np.asarray(edges.filter(ImageFilter.GaussianBlur(1.5)), int)
+        grey = Image.fromarray(np.maximum(0, 255 - 9 * lines).astype(np.uint8))
     return grey.convert("RGB")
 
 

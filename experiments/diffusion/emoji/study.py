@@ -93,7 +93,7 @@ def amount(amounts: Amounts) -> float:
 
 
 def run_all(gallery: Gallery, records: Records) -> None:
-    """Every piece that has no record yet: the first method of all erasures, then the others, then Retrain."""
+    """Every piece that has no record yet: budgets and adapters, then other methods, then the reference."""
     bench, amounts = gallery.bench, gallery.amounts
 
     def get(key: Key, make: Callable[[], Record], steps: float = 0, tells: bool = False) -> None:
@@ -130,7 +130,7 @@ def run_all(gallery: Gallery, records: Records) -> None:
             see(name, lambda name=name: kept(bench, name))
 
     train(ORIGINAL)
-    for erasure, methods in amounts.plan:
+    for erasure, methods in amounts.plan[:2]:
         unlearn(erasure, methods[:1])
     for erasure in TOGETHER:
         make = partial(adapted, gallery, erasure)
@@ -138,6 +138,8 @@ def run_all(gallery: Gallery, records: Records) -> None:
     for names, scale in stacks():
         see(stack_name(names, scale), lambda names=names, scale=scale: with_adapters(bench, names, scale))
     original, first, *others, retrained = attacked(amounts)
+    for erasure, methods in amounts.plan[2:]:
+        unlearn(erasure, methods[:1])
     attack(original)
     attack(first)
     for erasure, methods in amounts.plan:
