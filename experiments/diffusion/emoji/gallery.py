@@ -45,8 +45,8 @@ class Amounts(NamedTuple):
 
 FULL = Amounts(
     Scale(
-        Recipe(4000, batch_size=32, rate=1.5e-3), judge_steps=2000, steps=80, rate=5e-4, batch_size=24,
-        adapter_steps=80, adapter_rate=1e-2, samples=6, relearning_steps=20, relearning_rate=5e-4,
+        Recipe(4000, batch_size=32, rate=1.5e-3), judge_steps=2000, steps=100, rate=2e-4, batch_size=32,
+        adapter_steps=80, adapter_rate=4e-3, samples=6, relearning_steps=20, relearning_rate=5e-4,
         search_steps=60, search_rate=3e-2,
     ),
     NETWORK, pictures=128, held_out=16,

@@ -20,7 +20,7 @@ from experiments.shared.records import Record
 from experiments.shared.report import ORIGINAL
 
 RANK = 4
-MOST_ROWS = 512
+MOST_ROWS = 256
 """Pictures of each utility, on all of which its budget is measured."""
 OWN_SAMPLES = 64
 
