@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from experiments.diffusion import attacks
 from experiments.diffusion.bench import JUDGE
@@ -206,6 +208,12 @@ def show(axis: Axes, images: np.ndarray, title: str, rows: Sequence[str]) -> Non
     axis.tick_params(length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
+
+
+def save(figure: Figure, path: pathlib.Path) -> None:
+    """In all colours: a palette would tint what is grey."""
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
 
 
 def first_of(kinds: np.ndarray, images: np.ndarray, number: int = 0) -> np.ndarray:
