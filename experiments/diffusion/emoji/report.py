@@ -33,7 +33,6 @@ from experiments.shared.report import (
     Picture,
     Section,
     grid,
-    save,
     tables_of,
 )
 from experiments.shared.report import write_report as write_sections
