@@ -3,12 +3,16 @@
 import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Literal
 
 from rich.console import Console
 
 from experiments.diffusion import report, study
 from experiments.diffusion.bench import make_bench
+from experiments.diffusion.emoji import gallery
+from experiments.diffusion.emoji import report as report_of_emoji
+from experiments.diffusion.emoji import study as study_of_emoji
 from experiments.diffusion.methods import METHODS
 from experiments.diffusion.tasks import Task, load_task
 from experiments.shared import command
@@ -29,18 +33,19 @@ class Config:
 
     Methods from the same model, at the same number of steps and rate; measured beside the model before and a
     reference that never saw the class, then attacked; and low-rank adapters that are trained apart and used
-    together. Writes tables.md, pictures and report.html to a new folder under --runs-dir, and every model as
-    safetensors; --smoke (digits, a tiny network) under 2 min.
+    together. Emoji are asked for by caption; a thing, a style and both together are forgotten. Writes
+    tables.md, pictures and report.html to a new folder under --runs-dir, and every model as safetensors;
+    --smoke (digits or emoji, a tiny network) under 2 min.
     """
 
-    task: Literal["both", "digits", "fashion-mnist", "fashion-mnist-shirt"] = "both"
-    """What is drawn: digits without an 8, Fashion-MNIST without trousers, or without shirts."""
+    task: Literal["both", "digits", "fashion-mnist", "fashion-mnist-shirt", "emoji"] = "both"
+    """What is drawn: digits without an 8, Fashion-MNIST without trousers, or without shirts; emoji."""
 
     methods: tuple[str, ...] = ()
-    """Names of those that run, as in the tables; all when there is none."""
+    """Names of those that run, as in the tables; all when there is none. Not for emoji."""
 
     train: bool = False
-    """Train the models of Fashion-MNIST that come with the results, too."""
+    """Train the models of Fashion-MNIST and of emoji that come with the results, too."""
 
     smoke: bool = False
     """A tiny network, few steps and two methods."""
@@ -66,7 +71,7 @@ def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
         os.environ.setdefault("XLA_FLAGS", FAST_COMPILING)
     path = resume or start_run(config.runs_dir, "diffusion", config, config.task)
     with command.working_in(path) as console:
-        for section in run_classes(config, path, console):
+        for section in (run_emoji if config.task == "emoji" else run_classes)(config, path, console):
             console.print(tables_of(section)[0].to_markdown(), highlight=False, soft_wrap=True)
     return path
 
@@ -97,7 +102,21 @@ def chosen(config: Config, name: str) -> Task:
     return task._replace(scale=scale, ready={} if config.train else task.ready)
 
 
-def origin_of(path: pathlib.Path, tasks: dict[str, Task]) -> Origin:
+def run_emoji(config: Config, path: pathlib.Path, console: Console) -> list[Section]:
+    amounts = gallery.SMOKE if config.smoke else gallery.FULL
+    weights = None if config.train or config.smoke else gallery.WEIGHTS
+    font = gallery.FONT if config.data_dir is None else config.data_dir / gallery.FONT.name
+    with (
+        open_records(path / "records.jsonl") as records,
+        progress_bar(console, study_of_emoji.amount(amounts)) as progress,
+    ):
+        note_session(path)
+        made = gallery.make_gallery(path, config.seed, progress, amounts, weights, font)
+        study_of_emoji.run_all(made, records)
+    return report_of_emoji.write_report(made, records.by_key, origin_of(path, {"emoji": amounts}))
+
+
+def origin_of(path: pathlib.Path, tasks: Mapping[str, Task | gallery.Amounts]) -> Origin:
     """What made the run, without places on this machine, which are no part of the results."""
     origin = read_origin(path)
     for place in "runs_dir", "data_dir":
