@@ -165,10 +165,10 @@ class Run(NamedTuple):
 
 
 def make_unlearn(unlearner: Unlearner) -> Callable[..., Run]:
-    """unlearn(knobs, params, examples, plan, seed, report) -> Run."""
+    """unlearn(knobs, examples, params, plan, seed, report) -> Run."""
     init, run = jax.jit(unlearner.init), jax.jit(unlearner.run, donate_argnums=(1, 2))
 
-    def unlearn(knobs, params, examples, plan: Plan, seed: int, report=lambda part: None) -> Run:
+    def unlearn(knobs, examples, params, plan: Plan, seed: int, report=lambda part: None) -> Run:
         knobs = in_float32(knobs)
         params = jax.tree.map(jnp.copy, params)
         inputs = (knobs, params, examples, plan.forget_set)

@@ -21,19 +21,24 @@ def unseen_targets(task: Task, data: Data, original: Predictions, reference: Pre
 
     c is the confidence under the original model, phi that under a reference which saw neither the forget
     set nor the validation set; j are validation examples whose phi is near. What is carried over is how much
-    *more* confident the original is of an unseen example than the reference: so the targets follow the
-    reference where no validation example has as low a phi, as in a forgotten class.
+    *more* confident the original is of an unseen example than the reference: so the targets go on falling
+    with phi below that of the hardest validation example.
 
     Left out are validation examples that are nearer to a forget example than to any other of their class:
-    the original was trained on their like, which Retrain never saw.
+    the original was trained on their like, which Retrain never saw. Of a forgotten class that leaves none,
+    and the targets are phi itself.
     """
-    rows = like_retained(task, data.train, data.validation)
     (c, c_held_out), (phi, phi_held_out) = (confidences(data, *of) for of in (original, reference))
-    c, phi, c_held_out, phi_held_out = c[task.forget], phi[task.forget], c_held_out[rows], phi_held_out[rows]
-    bins = max(1, min(BINS, min(len(phi), len(rows)) // EXAMPLES_IN_A_BIN))
-    ahead = objectives.unseen_confidence(c - phi, phi, c_held_out - phi_held_out, phi_held_out, bins)
+    c, phi = c[task.forget], phi[task.forget]
     targets = np.full(data.train.size, np.nan)
-    targets[task.forget] = phi + ahead
+    targets[task.forget] = phi
+    if task.whole_class is None:
+        rows = like_retained(task, data.train, data.validation)
+        c_held_out, phi_held_out = c_held_out[rows], phi_held_out[rows]
+        bins = max(1, min(BINS, min(len(phi), len(rows)) // EXAMPLES_IN_A_BIN))
+        targets[task.forget] += objectives.unseen_confidence(
+            c - phi, phi, c_held_out - phi_held_out, phi_held_out, bins
+        )
     return targets
 
 
