@@ -36,6 +36,7 @@ def write_report(title: str, path: pathlib.Path, testbed: Testbed) -> list[Secti
     sections = [overview(results), *tables, front, *curve_sections(path, results), *more_tables(results)]
     sections += [
         *attack_section(results.records),
+        *targets_section(results.records),
         *cost_section(path, results),
         *fixed_point_section(results),
     ]
@@ -106,6 +107,28 @@ def attack_section(records: RecordsByKey) -> list[Section]:
         shown = table.map(lambda value, d=digits: "-" if np.isnan(value) else f"{value:.{d}f}")
         parts.extend([f"{title}: {meaning}.", shown])
     return [Section("Likelihood-ratio attack (U-LiRA)", parts)]
+
+
+def targets_section(records: RecordsByKey) -> list[Section]:
+    """How good the targets of the unseen confidence were, if there were any."""
+    found = pd.DataFrame([record | {"task": record["key"][1]} for record in of_kind(records, "targets")])
+    if not len(found):
+        return []
+    means = found.drop(columns="key").groupby("task", sort=False).mean()
+    shown = pd.DataFrame(
+        {
+            "UA of the original, %": means["UA original"].map("{:.1f}".format),
+            "of the targets": means["UA targets"].map("{:.1f}".format),
+            "of Retrain": means["UA retrain"].map("{:.1f}".format),
+            "nats from Retrain, original": means["nats original"].map("{:.2f}".format),
+            "nats from Retrain, targets": means["nats targets"].map("{:.2f}".format),
+        }
+    ).rename_axis(None)
+    text = (
+        "Confidence of the forget set, mean over training seeds: the share that is taken for another class, "
+        "and the Wasserstein distance from Retrain's confidences. What the targets miss, no method can meet."
+    )
+    return [Section("Targets of the unseen confidence", [text, shown])]
 
 
 def cost_section(path: pathlib.Path, results: Results) -> list[Section]:

@@ -6,6 +6,7 @@ import numpy as np
 
 from experiments.classification.attacks import attack_by_likelihood_ratio
 from experiments.classification.costs import step_cost
+from experiments.classification.targets import measure_targets
 from experiments.classification.tuning import blind_score, settings_to_try
 from experiments.shared import comparison
 from experiments.shared.comparison import Comparison, Setting, reference, run_method, unlearn
@@ -35,6 +36,7 @@ def run(testbed: Testbed, path: pathlib.Path, progress: Progress) -> None:
                 tune_and_unlearn(on_task, method)
                 if task is tasks[0]:
                     measure_cost(on_task, method)
+            measure_targets(on_task)
             if config.shadows:
                 attack_by_likelihood_ratio(testbed, records, task, progress)
 
