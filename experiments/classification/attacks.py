@@ -13,7 +13,7 @@ from experiments.shared.loop import Told, make_plan, make_unlearn_many
 from experiments.shared.models.classifier import calibration
 from experiments.shared.records import Record, Records
 from experiments.shared.report import ORIGINAL, RETRAIN
-from experiments.shared.testbed import Progress, Testbed, brief_plan
+from experiments.shared.testbed import OWN_SEED, Progress, Testbed, brief_plan
 
 SHADOW_SHARE = 0.8
 
@@ -76,7 +76,7 @@ def attack_by_likelihood_ratio(testbed: Testbed, records: Records, task: Task, p
 
     @cache
     def brief() -> Any:
-        return trained(False, 0, brief_plan(testbed))
+        return trained(False, OWN_SEED, brief_plan(testbed))
 
     def told(method: str) -> Told:
         """Of every shadow."""

@@ -36,6 +36,9 @@ from experiments.shared.unseen import unseen_targets
 Progress = Callable[[str, float], None]
 """progress(what, part): so much more is done."""
 
+OWN_SEED = 1000
+"""Added to the seed of an original for the model that is trained briefly beside it."""
+
 Models = dict[int, Trained]
 """Trained models by the seed of their training."""
 
@@ -203,17 +206,15 @@ def original_models(
 def briefly_trained(
     testbed: Testbed, path: pathlib.Path, task: Task, seed: int, progress: Progress
 ) -> Trained:
-    """A model that saw a sixth of the epochs and none of the forget set: what else is hard it tells, too."""
-    models = trained_models(
-        testbed, path, f"{task.name} reference", task.retain, (seed,), progress, brief_plan(testbed)
-    )
-    return models[seed]
+    """A model that saw the retain set for a sixth of the epochs, from a start of its own."""
+    own, name = seed + OWN_SEED, f"{task.name} reference"
+    return trained_models(testbed, path, name, task.retain, (own,), progress, brief_plan(testbed))[own]
 
 
 def brief_plan(testbed: Testbed) -> Callable[[np.ndarray, int], np.ndarray]:
-    """(rows, seed) -> a plan of a sixth of the epochs, other batches than the whole plan's."""
+    """(rows, seed) -> a plan of a sixth of the epochs."""
     epochs = max(1, testbed.config.training.epochs // 6)
-    return lambda rows, seed: testbed.trainer.plan(rows, seed + 1000)[:epochs]
+    return lambda rows, seed: testbed.trainer.plan(rows, seed)[:epochs]
 
 
 def describe(path: pathlib.Path, testbed: Testbed) -> Origin:
