@@ -114,7 +114,7 @@ def targets_section(records: RecordsByKey) -> list[Section]:
     found = pd.DataFrame([record | {"task": record["key"][1]} for record in of_kind(records, "targets")])
     if not len(found):
         return []
-    means = found.drop(columns="key").groupby("task", sort=False).mean()
+    means: Frame = found.drop(columns="key").groupby("task", sort=False).mean()
     shown = pd.DataFrame(
         {
             "UA of the original, %": means["UA original"].map("{:.1f}".format),
