@@ -126,7 +126,8 @@ def targets_section(records: RecordsByKey) -> list[Section]:
     ).rename_axis(None)
     text = (
         "Confidence of the forget set, mean over training seeds: the share that is taken for another class, "
-        "and the Wasserstein distance from Retrain's confidences. A method that meets its targets is still that far from Retrain."
+        "and the Wasserstein distance from Retrain's confidences. A method that meets its targets is still "
+        "that far from Retrain."
     )
     return [Section("Targets of the unseen confidence", [text, shown])]
 
