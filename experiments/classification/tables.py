@@ -143,6 +143,8 @@ def curve_sections(path: pathlib.Path, results: Results) -> list[Section]:
         plot_classes(path / "classes.png", results.runs, results.records, classes, results.looks)
         text = "Test accuracy of each class, less Retrain's, for the methods nearest to Retrain."
         sections.append(Section("Classes", [text, Picture("classes.png")]))
-    plot_relearning(path / "relearning.png", results.records, results.looks)
-    text = "Forget accuracy along fine-tuning; a method passes where it rises no faster than Retrain's."
-    return [*sections, Section("Relearning", [text, Picture("relearning.png")])]
+    if any("relearning on few" in record for record in of_kind(results.records, "run")):
+        plot_relearning(path / "relearning.png", results.records, results.looks)
+        text = "Forget accuracy along fine-tuning; a method passes where it rises no faster than Retrain's."
+        sections.append(Section("Relearning", [text, Picture("relearning.png")]))
+    return sections
