@@ -117,17 +117,17 @@ def targets_section(records: RecordsByKey) -> list[Section]:
     means: Frame = found.drop(columns="key").groupby("task", sort=False).mean()
     shown = pd.DataFrame(
         {
-            "UA of the original, %": means["UA original"].map("{:.1f}".format),
-            "of the targets": means["UA targets"].map("{:.1f}".format),
-            "of Retrain": means["UA retrain"].map("{:.1f}".format),
+            "doubted by the original, %": means["doubted original"].map("{:.1f}".format),
+            "by the targets": means["doubted targets"].map("{:.1f}".format),
+            "by Retrain": means["doubted retrain"].map("{:.1f}".format),
             "nats from Retrain, original": means["nats original"].map("{:.2f}".format),
             "nats from Retrain, targets": means["nats targets"].map("{:.2f}".format),
         }
     ).rename_axis(None)
     text = (
-        "Confidence of the forget set, mean over training seeds: the share that is taken for another class, "
-        "and the Wasserstein distance from Retrain's confidences. A method that meets its targets is still "
-        "that far from Retrain."
+        "Confidence of the forget set, mean over training seeds: the share of labels below even odds, and "
+        "the Wasserstein distance from Retrain's confidences. A method that meets its targets is still that "
+        "far from Retrain."
     )
     return [Section("Targets of the unseen confidence", [text, shown])]
 

@@ -21,7 +21,7 @@ def measure_targets(on_task: Comparison) -> None:
         }
         c = {name: evaluation.logit_confidence(of.train[task.forget], labels) for name, of in outputs.items()}
         c["targets"] = np.asarray(on_task.told(methods[0], seed).fields["unseen"])[task.forget]
-        below = {f"UA {name}": 100 * float(np.mean(values < 0)) for name, values in c.items()}
+        below = {f"doubted {name}": 100 * float(np.mean(values < 0)) for name, values in c.items()}
         from_retrain = lambda name: float(wasserstein_distance(c[name], c["retrain"]))
         return below | {f"nats {name}": from_retrain(name) for name in ("original", "targets")}
 
