@@ -106,7 +106,10 @@ def task_tables(results: Results, columns: dict[str, int]) -> list[Section]:
 
 
 def more_tables(results: Results) -> list[Section]:
-    return [Section(f"More of {task}", [mean_and_std(part, MORE)]) for task, part in results.by_task.items()]
+    measured = {name: digits for name, digits in MORE.items() if name in results.runs}
+    return [
+        Section(f"More of {task}", [mean_and_std(part, measured)]) for task, part in results.by_task.items()
+    ]
 
 
 def caveats(runs: Frame) -> list[str]:
