@@ -164,7 +164,7 @@ def run_peer(
     report = lambda part: bench.progress(f"{name}: unlearning", part * scale.steps)
     on_device = Pictures(*map(jnp.asarray, pictures))
     knobs = {"learning_rate": scale.rate, **method.knobs}
-    done = make_unlearn(unlearner)(knobs, kept(bench, ORIGINAL), on_device, plan, bench.seed, report)
+    done = make_unlearn(unlearner)(knobs, on_device, kept(bench, ORIGINAL), plan, bench.seed, report)
     return done.params, {key: values.round(6).tolist() for key, values in done.history.items()}
 
 
