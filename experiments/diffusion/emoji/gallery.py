@@ -59,7 +59,7 @@ SMOKE = Amounts(
         recipe=Recipe(100, batch_size=16, memory=0.9), judge_steps=100, steps=10, batch_size=8,
         adapter_steps=5, samples=1, relearning_steps=4, search_steps=4,
     ),
-    SMALL, pictures=16, held_out=4, plan=((CONCEPT, (HEADLINE, "SalUn")), (COMBINATION, (HEADLINE,))),
+    SMALL, pictures=16, held_out=4, plan=((CONCEPT, (HEADLINE,)),),
 )  # fmt: skip
 
 
