@@ -25,8 +25,6 @@ WIDTHS = (64, 256, 256, 10)
 SIDES = {1e4: 69, 1e5: 281, 1e6: 964, 1e7: 3126, 1e8: 9963}
 """The width of two hidden layers that gives an MLP about so many parameters."""
 
-QUANTITIES = ("flops", "bytes_accessed", "peak_bytes")
-
 
 class Axis(NamedTuple):
     """One way in which work grows.
