@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +12,10 @@ import optax
 
 import eupmu_jax as eu
 from eupmu_jax import objectives
-from experiments.shared.models.convolution import convolution
 from experiments.shared.models.llama.config import Config, projection_shapes
 from experiments.shared.models.llama.model import Compute, initial_params, logits
 from experiments.shared.models.lora import Adapter, initial_weights
+from experiments.shared.models.resnet import ResNet
 
 Rows = dict[str, jax.Array]
 """Examples: arrays with a leading axis of rows."""
@@ -138,50 +137,16 @@ def mlp(widths: tuple[int, ...], batch_size: int, steps: int) -> Model:
     return Model(init, outputs, batch, "sgd", steps, "mlp")
 
 
-class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions around a shortcut, after He et al., arXiv 1512.03385, with GroupNorm."""
-
-    width: int
-    stride: int
-    conv: Callable[..., nn.Module]
-
-    @nn.compact
-    def __call__(self, x):
-        norm = partial(nn.GroupNorm, num_groups=4)
-        y = nn.relu(norm()(self.conv(self.width, (3, 3), self.stride)(x)))
-        y = norm()(self.conv(self.width, (3, 3))(y))
-        if x.shape != y.shape:
-            x = norm()(self.conv(self.width, (1, 1), self.stride)(x))
-        return nn.relu(x + y)
-
-
-class ResNet(nn.Module):
-    """ResNet-18 for small images: a 3 x 3 stem, four stages of two blocks."""
-
-    classes: int
-    width: int
-    stages: int
-    as_matmuls: bool
-
-    @nn.compact
-    def __call__(self, x):
-        how = {"conv_general_dilated": convolution} if self.as_matmuls else {}
-        conv = partial(nn.Conv, use_bias=False, **how)
-        x = nn.relu(nn.GroupNorm(num_groups=4)(conv(self.width, (3, 3))(x)))
-        for stage in range(self.stages):
-            for block in range(2):
-                x = ResidualBlock(self.width * 2**stage, 2 if stage and not block else 1, conv)(x)
-        return nn.Dense(self.classes)(x.mean((1, 2)))
-
-
 def cnn(
     as_matmuls: bool, batch_size: int, steps: int, width: int = 8, stages: int = 4, size: int = 32
 ) -> Model:
     """A ResNet at CIFAR's shapes; its 3 x 3 convolutions by XLA, or as nine slices and a matrix product."""
-    net = ResNet(10, width, stages, as_matmuls)
+    net = ResNet(10, width, (2,) * stages, norm="group", as_matmuls=as_matmuls)
     shape = size, size, 3
-    init = jax.jit(lambda: Parts(net.init(jax.random.key(0), jnp.zeros((1, *shape)))["params"], {}))
-    outputs = lambda trained, frozen, x: jnp.asarray(net.apply({"params": trained}, x))
+    init = jax.jit(
+        lambda: Parts(net.init(jax.random.key(0), jnp.zeros((1, *shape)), train=True)["params"], {})
+    )
+    outputs = lambda trained, frozen, x: jnp.asarray(net.apply({"params": trained}, x, train=True))
     batch = {name: rows(key, batch_size, shape, 10) for key, name in enumerate(("forget", "retain"))}
     return Model(init, outputs, batch, "sgd", steps, "cnn", is_slow_to_compile=True)
 

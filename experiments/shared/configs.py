@@ -2,10 +2,11 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Literal
 
-from experiments.shared.peers import PEERS
+from experiments.shared.peers import PEERS, Peer
 from experiments.shared.training import Recipe
 
 Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "svhn", "image-folder"]
@@ -24,7 +25,7 @@ class Config:
     """digits come with scikit-learn, Fashion-MNIST with Debian's dataset-fashion-mnist; the others
     are read from --data-dir in their standard files."""
 
-    model: Literal["mlp", "cnn", "resnet18"]
+    model: Literal["mlp", "cnn", "resnet8", "resnet8-batch", "resnet18"]
     """The classifier; its number of classes comes from the data."""
 
     training: Recipe
@@ -46,8 +47,8 @@ class Config:
     test_size: int | None = None
     """Test images, at random; None for all. Only reports see them."""
 
-    methods: tuple[str, ...] = tuple(PEERS)
-    """Which methods; Original and Retrain are always shown."""
+    methods: tuple[str, ...] = tuple(name for name, peer in PEERS.items() if peer.package is None)
+    """Which methods; Original and Retrain are always shown. Those of TorchJD need the extra "benchmarks"."""
 
     unlearning_epochs: int = 5
     """Passes over as many examples as the training set has, for every method and task."""
@@ -98,14 +99,18 @@ class Config:
     """Where the run's folder is made."""
 
 
-def check(config: Config, methods: Iterable[str]) -> None:
+def check(config: Config, peers: Mapping[str, Peer]) -> None:
     """ValueError that names the first option that cannot work."""
     for name in ("tasks", "training_seeds", "methods"):
         values = getattr(config, name)
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{name} must be given, each once; got {list(values)}")
-    if unknown := set(config.methods) - set(methods):
-        raise ValueError(f"methods: unknown {sorted(unknown)}; there are {', '.join(methods)}")
+    if unknown := set(config.methods) - set(peers):
+        raise ValueError(f"methods: unknown {sorted(unknown)}; there are {', '.join(peers)}")
+    for name in config.methods:
+        package = peers[name].package
+        if package is not None and find_spec(package) is None:
+            raise ValueError(f'methods: {name} needs {package}: pip install -e ".[benchmarks]"')
     lowest = {"trials": 1, "unlearning_epochs": 1, "batch_size": 2, "side_by_side": 1}
     lowest |= {"relearning_examples": 1, "relearning_steps": 0, "shadows": 0}
     for name, low in lowest.items():
@@ -143,6 +148,33 @@ FASHION_MNIST = Config(
     shadows=16,
 )
 
+# What a network with convolutions can be compared on in an hour of two cores.
+FASHION_MNIST_RESNET = dataclasses.replace(
+    FASHION_MNIST,
+    model="resnet8",
+    training=Recipe(epochs=8, batch_size=64, optimizer="adam", learning_rate=2e-3, drops=(0.75,)),
+    tasks=("random:0.1", "class:6"),
+    methods=(
+        "fine-tuning",
+        "random labels",
+        "SalUn",
+        "exact surgery",
+        "PDU",
+        "TorchJD UPGrad",
+        "TorchJD PCD",
+        "EUPMU lagged",
+        "EUPMU budget",
+        "unseen confidence",
+        "EUPMU lagged (unseen)",
+        "EUPMU budget (unseen)",
+    ),
+    trials=4,
+    train_size=12_000,
+    unlearning_epochs=1,
+    unlearning_seeds=(200,),
+    shadows=4,
+)
+
 DIGITS = Config(
     dataset="digits",
     model="mlp",
@@ -166,6 +198,7 @@ CIFAR10 = Config(
 CONFIGS = {
     "digits": DIGITS,
     "fashion-mnist": FASHION_MNIST,
+    "fashion-mnist-resnet": FASHION_MNIST_RESNET,
     "cifar10": CIFAR10,
     "cifar100": dataclasses.replace(CIFAR10, dataset="cifar100"),
     "svhn": dataclasses.replace(

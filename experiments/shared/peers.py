@@ -21,6 +21,7 @@ from experiments.shared.methods.pdu import pdu
 from experiments.shared.methods.salun import salun
 from experiments.shared.methods.scalarisation import scalarisation
 from experiments.shared.methods.scrub import scrub
+from experiments.shared.methods.torchjd import pcd, upgrad
 from experiments.shared.models.classifier import output_bias
 
 Range = tuple[float, float]
@@ -40,6 +41,7 @@ class Peer(NamedTuple):
       family: EUPMU stands out in pictures.
       constant: the peer that descends the same losses under a constant weight, for one whose multiplier
         settles: there it is compared with that weight.
+      package: what it needs of the extra "benchmarks".
     """
 
     make: Callable[..., Method]
@@ -49,6 +51,7 @@ class Peer(NamedTuple):
     is_told_baseline: bool = False
     family: Family = "other"
     constant: str | None = None
+    package: str | None = None
 
 
 def eupmu_peer(
@@ -95,6 +98,8 @@ PEERS: dict[str, Peer] = {
     "exact surgery": Peer(exact_surgery, (3e-4, 3e-2), {"demand": (0.1, 10)}),
     "PDU": Peer(pdu, (3e-4, 3e-2), {"bound": (1e-2, 0.5), "dual_rate": (1e-2, 1)}),
     "NGDiff": Peer(ngdiff, (1e-5, 1e-2)),
+    "TorchJD UPGrad": Peer(upgrad, (3e-4, 3e-2), {"weight": (0.5, 50)}, package="torchjd"),
+    "TorchJD PCD": Peer(pcd, (3e-4, 3e-2), {"tau": (3e-3, 0.3)}, package="torchjd"),
     "EUPMU lookahead": eupmu_peer((1e-3, 1e-1), (3e-3, 0.3), measure="lookahead"),
     "EUPMU lagged": eupmu_peer((1e-3, 1e-1), (3e-3, 0.3), measure="lagged"),
     "EUPMU directional": eupmu_peer((1e-3, 1e-1), (0.1, 10), measure="directional"),

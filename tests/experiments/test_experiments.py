@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,8 @@ from experiments.shared.loop import (
     make_unlearner,
     number_of_steps,
 )
-from experiments.shared.models.classifier import MLP, ResNet18, make_classifier
+from experiments.shared.models.classifier import MLP, MODELS, make_classifier
+from experiments.shared.models.resnet import ResNet
 from experiments.shared.peers import PEERS
 from experiments.shared.records import of_kind, open_records, read_records
 from experiments.shared.testbed import make_testbed
@@ -209,10 +211,22 @@ def test_augmented_images_are_shifted_and_mirrored():
     assert len(seen) > 50
 
 
+def test_the_small_resnet_is_the_same_with_convolutions_as_matmuls():
+    x = jax.random.uniform(jax.random.key(1), (4, 28, 28, 1))
+    as_matmuls = MODELS["resnet8"](10)
+    params = as_matmuls.init(jax.random.key(0), x, train=True)
+    by_convolution = dataclasses.replace(as_matmuls, as_matmuls=False)
+    assert jax.tree.map(jnp.shape, by_convolution.init(jax.random.key(0), x, train=True)) == jax.tree.map(
+        jnp.shape, params
+    )
+    of = lambda model: jax.jit(partial(model.apply, train=True))(params, x)
+    np.testing.assert_allclose(of(as_matmuls), of(by_convolution), atol=1e-5)
+
+
 @pytest.mark.slow
 def test_prediction_normalises_by_the_calibration_images():
     """With one batch as its calibration, prediction on that batch is the training-mode forward pass."""
-    classifier = make_classifier(ResNet18(3, width=4))
+    classifier = make_classifier(ResNet(3, width=4))
     x = jax.random.randint(jax.random.key(1), (6, 8, 8, 3), 0, 256).astype(jnp.uint8)
     params = classifier.init(jax.random.key(0), x)
     assert "batch_stats" not in params
@@ -263,7 +277,7 @@ def test_augmentation_reaches_training_and_unlearning(data, classifier):
 def test_full_size_recipe_is_the_published_one():
     config = CONFIGS["cifar10"]
     params = jax.eval_shape(
-        make_classifier(ResNet18(10)).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8)
+        make_classifier(MODELS["resnet18"](10)).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8)
     )
     # ResNet-18 for CIFAR-10 has 11,173,962 weights.
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 11_173_962
@@ -283,9 +297,13 @@ def test_many_models_in_one_call_are_the_same_models(data, classifier, trainer):
         assert_trees_close(jax.tree.map(lambda leaf, s=seed: leaf[s], many), single, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["SalUn", "SCRUB", "EUPMU lookahead", "EUPMU budget (unseen)"])
+@pytest.mark.parametrize(
+    "method", ["SalUn", "SCRUB", "EUPMU lookahead", "EUPMU budget (unseen)", "TorchJD PCD"]
+)
 def test_unlearning_many_at_once_is_unlearning_each(method, data, classifier, trainer):
     """Each from its own start, in its own batches, told its own baseline and targets."""
+    if PEERS[method].package is not None:
+        pytest.importorskip(PEERS[method].package)
     train = on_device(data.train)
     params, _ = trainer.train(train, trainer.plan(np.arange(300), 0), 0)
     peer = PEERS[method]
@@ -592,6 +610,12 @@ def test_command_line(tmp_path):
 def test_settings_that_cannot_work_are_named(change, named):
     with pytest.raises(ValueError, match=named):
         check(dataclasses.replace(TINY, **change), PEERS)
+
+
+def test_a_method_of_a_package_that_is_not_here_says_how_to_get_it():
+    peers = {"TorchJD PCD": PEERS["TorchJD PCD"]._replace(package="no_such_package")}
+    with pytest.raises(ValueError, match=r"TorchJD PCD needs no_such_package: pip install .*benchmarks"):
+        check(dataclasses.replace(TINY, methods=("TorchJD PCD",)), peers)
 
 
 @of_one_study

@@ -27,6 +27,7 @@ from experiments.shared.methods.pdu import pdu
 from experiments.shared.methods.salun import salun
 from experiments.shared.methods.scalarisation import scalarisation
 from experiments.shared.methods.scrub import ScrubState, scrub
+from experiments.shared.methods.torchjd import pcd, upgrad
 from experiments.shared.peers import PEERS
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -319,6 +320,23 @@ def test_exact_surgery():
     check(exact_surgery(LOSSES, SGD, demand=0.05), direction, multiplier=multiplier)
 
 
+def test_torchjd_weights_the_gradients_as_its_aggregators_do():
+    """UPGrad by hand where the two conflict; PCD, which averages over steps, on the Jacobian itself."""
+    torch, torchjd = pytest.importorskip("torch"), pytest.importorskip("torchjd.aggregation")
+    theta = flat(start())
+    (_, g_f), (_, g_r) = wrong_loss(theta), retain_loss(theta)
+    projected = projected_off(g_f, g_r) + 3 * projected_off(g_r, g_f)
+    got, _, _ = stepped(upgrad(LOSSES, SGD, weight=3.0))
+    # It regularises the products by 1e-4.
+    np.testing.assert_allclose(got, theta - RATE * projected / 4, rtol=1e-5)
+    aggregator = torchjd.PCD(tau=0.4)
+    for _ in range(4):
+        jacobian = np.stack([wrong_loss(theta)[1], retain_loss(theta)[1]])
+        theta = theta - RATE * aggregator(torch.tensor(jacobian)).numpy()
+    got, _, _ = stepped(pcd(LOSSES, SGD, tau=0.4), [None] * 4)
+    np.testing.assert_allclose(got, theta, rtol=1e-10)
+
+
 def test_pdu():
     theta, multiplier = flat(start()), 1.0
     for _ in range(3):
@@ -355,6 +373,8 @@ def test_eupmu(measure):
 def test_every_peer_runs_with_its_knobs_traced_and_keeps_its_structure(name):
     """One compiled step serves all settings; a scan over it needs the state's types to be stable."""
     peer = PEERS[name]
+    if peer.package is not None:
+        pytest.importorskip(peer.package)
     # The study's networks and this model have their output bias in different places.
     others = {"output_bias": the_bias} if name == "GDR-GMA" else {}
     others |= {"baseline": 0.5} if peer.is_told_baseline else {}
