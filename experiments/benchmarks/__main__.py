@@ -18,11 +18,11 @@ ROUNDS, SMOKE_ROUNDS = 11, 3
 class Config:
     """Measure steps: FLOPs, bytes, memory, compile time, and wall-clock times that are taken in turn.
 
-    One weighted loss, EUPMU in four forms, the Lagrangian and exact surgery; with the extra "benchmarks" also
-    PyTorch, TorchJD and cooper in the same process. On MLPs, a CNN and a Llama, on two cores; then how costs
-    grow with parameters, utilities, rows and tokens, and `unlearn` against its bare steps. Writes tables.md,
-    rows.csv, pictures and report.html to a new folder under --runs-dir; about 15 min on two cores, --smoke
-    (one tiny model) 1 min.
+    One weighted loss, EUPMU in four forms, the Lagrangian and exact surgery; with the extra "benchmarks"
+    also PyTorch, TorchJD and cooper in the same process. On MLPs, a CNN, a DiT and a Llama, on two cores;
+    then how costs grow with parameters, utilities, rows and tokens, and `unlearn` against its bare steps.
+    Writes tables.md, rows.csv, pictures and report.html to a new folder under --runs-dir; about 15 min on
+    two cores, --smoke (one tiny model) 1 min.
     """
 
     smoke: bool = False

@@ -61,7 +61,7 @@ SMOKE = {
 
 def rows_of(model: Model, utilities: int) -> dict[str, Step]:
     """The floor, and the methods whose growth differs from it or might."""
-    losses_fn, inner = in_two_passes(model.outputs, utilities), INNER[model.inner]()
+    losses_fn, inner = in_two_passes(model, utilities), INNER[model.inner]()
     more = {"initial_multiplier": jnp.ones(utilities)} if utilities > 1 else {}
     return {
         FLOOR: scalarised(losses_fn, inner),

@@ -2,8 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +11,25 @@ import optax
 
 import eupmu_jax as eu
 from eupmu_jax import objectives
+from experiments.shared.models.diffusion import dit
+from experiments.shared.models.diffusion.network import make_network
 from experiments.shared.models.llama.config import Config, projection_shapes
 from experiments.shared.models.llama.model import Compute, initial_params, logits
 from experiments.shared.models.lora import Adapter, initial_weights
 from experiments.shared.models.resnet import ResNet
 
-Rows = dict[str, jax.Array]
+Rows = dict[str, Any]
 """Examples: arrays with a leading axis of rows."""
 
-Outputs = Callable[[Any, Any, jax.Array], jax.Array]
-"""(trained, frozen, x) -> logits [rows, ..., classes]."""
+Outputs = Callable[[Any, Any, Any], jax.Array]
+"""(trained, frozen, x) -> [rows, ...]: logits, or a prediction of velocities."""
+
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
+"""(outputs, y) -> [rows, ...]."""
+
+
+def uniform(logits: jax.Array, y: jax.Array) -> jax.Array:
+    return objectives.kl_to_uniform(logits)
 
 
 class Parts(NamedTuple):
@@ -36,13 +44,14 @@ class Model(NamedTuple):
 
     Attributes:
       init: () -> Parts, the same whenever it is called.
-      outputs: (trained, frozen, x) -> logits.
+      outputs: (trained, frozen, x) -> logits, or a prediction of velocities.
       batch: {"forget": Rows, "retain": Rows}, x and y of one step.
       inner: "sgd", with momentum, or "adamw".
       steps: so many make a block that is timed.
-      kind: which function of `torch_models` computes the same.
+      kind: which function of `torch_models` computes the same; None for a model without one.
       heads: of a decoder, those of queries, and those of keys and values.
       is_slow_to_compile: whether it is measured in the most important rows alone.
+      forget_loss, retain_loss: of each row, from its outputs and its y.
     """
 
     init: Callable[[], Parts]
@@ -50,9 +59,11 @@ class Model(NamedTuple):
     batch: dict[str, Rows]
     inner: str
     steps: int
-    kind: str
+    kind: Literal["mlp", "cnn", "llama"] | None
     heads: tuple[int, int] = (1, 1)
     is_slow_to_compile: bool = False
+    forget_loss: Loss = uniform
+    retain_loss: Loss = objectives.cross_entropy
 
 
 INNER: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -67,35 +78,30 @@ def count(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def losses_of(forget: jax.Array, retain: jax.Array, y: jax.Array, utilities: int = 1) -> eu.Losses:
-    """KL to the uniform distribution of what is to be forgotten, cross-entropy of what is retained."""
-    of_rows = objectives.cross_entropy(retain, y)
+def losses_of(model: Model, forget: Any, retain: Any, batch: dict[str, Rows], utilities: int) -> eu.Losses:
+    """Of the outputs for both kinds of rows; several utilities are groups of retain rows, of one size."""
+    of_rows = model.retain_loss(retain, batch["retain"]["y"])
     means = of_rows.mean() if utilities == 1 else of_rows.reshape(utilities, -1).mean(1)
-    return eu.Losses(objectives.kl_to_uniform(forget).mean(), means)
+    return eu.Losses(model.forget_loss(forget, batch["forget"]["y"]).mean(), means)
 
 
-def in_two_passes(outputs: Outputs, utilities: int = 1) -> Callable[[Any, Any], eu.Losses]:
-    """A pass for each kind of rows: a gradient of the forget loss does no work on what is retained.
-
-    Several utilities are groups of retain rows, of one size, with a loss each.
-    """
+def in_two_passes(model: Model, utilities: int = 1) -> Callable[[Any, Any], eu.Losses]:
+    """A pass for each kind of rows: a gradient of the forget loss does no work on what is retained."""
 
     def losses_fn(trained, batch):
-        of = partial(outputs, trained, batch["frozen"])
-        retain = batch["retain"]
-        return losses_of(of(batch["forget"]["x"]), of(retain["x"]), retain["y"], utilities)
+        of = lambda kind: model.outputs(trained, batch["frozen"], batch[kind]["x"])
+        return losses_of(model, of("forget"), of("retain"), batch, utilities)
 
     return losses_fn
 
 
-def in_one_pass(outputs: Outputs) -> Callable[[Any, Any], eu.Losses]:
+def in_one_pass(model: Model) -> Callable[[Any, Any], eu.Losses]:
     """One pass over all rows, which both losses share."""
 
     def losses_fn(trained, batch):
-        forget, retain = batch["forget"], batch["retain"]
-        both = outputs(trained, batch["frozen"], jnp.concatenate([forget["x"], retain["x"]]))
-        of_forget, of_retain = jnp.split(both, [len(forget["x"])])
-        return losses_of(of_forget, of_retain, retain["y"])
+        x = jax.tree.map(lambda *both: jnp.concatenate(both), batch["forget"]["x"], batch["retain"]["x"])
+        forget, retain = jnp.split(model.outputs(trained, batch["frozen"], x), 2)
+        return losses_of(model, forget, retain, batch, 1)
 
     return losses_fn
 
@@ -178,6 +184,28 @@ def decoder(config: Config, lora: bool, batch_size: int, length: int, steps: int
     return Model(init, outputs, batch, "adamw", steps, "llama", heads)
 
 
+def diffusion_transformer(config: dit.Config, batch_size: int, steps: int) -> Model:
+    """A DiT that predicts velocities at noisy images: towards another class's, and as it was."""
+    network = make_network(lambda rngs: dit.DiT(config, rngs))
+
+    def outputs(trained, frozen, x):
+        del frozen
+        return network.predict(trained, x["noisy"], x["time"], network.embed(trained, x["labels"]))
+
+    def made(key: int) -> dict[str, Any]:
+        rng, shape = np.random.default_rng(key), (batch_size, config.size, config.size, config.channels)
+        noisy, velocity = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
+        time = jnp.asarray(rng.uniform(size=batch_size), jnp.float32)
+        labels = jnp.asarray(rng.integers(0, config.labels[0], (batch_size, 1)), jnp.int32)
+        return {"x": {"noisy": noisy, "time": time, "labels": labels}, "y": velocity}
+
+    init = jax.jit(lambda: Parts(network.init(jax.random.key(0)), {}))
+    batch = {name: made(key) for key, name in enumerate(("forget", "retain"))}
+    redirect = objectives.velocity_prediction_redirect
+    return Model(init, outputs, batch, "adamw", steps, None, forget_loss=redirect, retain_loss=redirect)
+
+
+DIT = dit.Config(size=32, channels=3, patch=4, width=128, layers=4, heads=4, labels=(10,), unroll=True)
 LLAMA = Config(
     vocab_size=2048,
     hidden_size=256,
@@ -205,6 +233,7 @@ MODELS: dict[str, Callable[[], Model]] = {
     "MLP": lambda: mlp((784, 1024, 1024, 10), 64, 10),
     "CNN": lambda: cnn(False, 16, 2),
     "CNN, matmuls": lambda: cnn(True, 16, 2),
+    "DiT": lambda: diffusion_transformer(DIT, 8, 2),
     "Llama": lambda: decoder(LLAMA, False, 2, 128, 2),
     "Llama, LoRA": lambda: decoder(LLAMA, True, 2, 128, 2),
 }

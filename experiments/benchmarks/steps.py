@@ -98,7 +98,7 @@ def exact(losses_fn: LossesFn, inner: optax.GradientTransformation) -> Step:
 
 def steps_of(model: Model) -> dict[str, Step]:
     """All of them by name, the floor first."""
-    apart, inner = in_two_passes(model.outputs), INNER[model.inner]()
+    apart, inner = in_two_passes(model), INNER[model.inner]()
     budget = eu.Budget(0.1, baseline=BASELINE)
     tolerance = lambda measure: eu.Tolerance(0.0, measure=measure)
     return {
@@ -110,5 +110,5 @@ def steps_of(model: Model) -> dict[str, Step]:
         DIRECTIONAL: implicit(apart, inner, tolerance("directional")),
         LAGRANGIAN: lagrangian(apart, inner, budget),
         EXACT: exact(apart, inner),
-        EXACT_SHARED: exact(in_one_pass(model.outputs), inner),
+        EXACT_SHARED: exact(in_one_pass(model), inner),
     }

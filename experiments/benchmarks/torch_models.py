@@ -22,7 +22,7 @@ def outputs_of(model: Model) -> Outputs:
     if model.kind == "llama":
         heads, pairs = model.heads
         return lambda trained, frozen, x: decoder(trained, frozen, x, heads, pairs)
-    return {"mlp": mlp, "cnn": cnn}[model.kind]
+    return mlp if model.kind == "mlp" else cnn
 
 
 def mlp(trained: Tree, frozen: Tree, x: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ def measure(model: Model, rounds: int, report: Callable[[str, float], None]) -> 
     retain set before and after, the pauses themselves.
     """
     trained, frozen = model.init()
-    of_frozen = in_two_passes(model.outputs)
+    of_frozen = in_two_passes(model)
     losses_fn = lambda params, batch: of_frozen(params, {"frozen": frozen, **batch})
     inner, budget = INNER[model.inner](), eu.Budget(0.1, baseline=BASELINE)
     step, params, state = eu.training_step(eu.eupmu(losses_fn, inner, budget), trained)

@@ -119,7 +119,9 @@ def stacked(layers: int, width: int, heads: int, rngs: nnx.Rngs) -> Layer:
     return nnx.split_rngs(splits=layers)(nnx.vmap(lambda rngs: Layer(width, heads, rngs)))(rngs)
 
 
-def through(layers: Layer, x: jax.Array, condition: jax.Array, adapters: Sequence[Adapter]) -> jax.Array:
+def through(
+    layers: Layer, x: jax.Array, condition: jax.Array, adapters: Sequence[Adapter], unroll: bool = False
+) -> jax.Array:
     """Tokens [B, T, width] after all of the stacked layers."""
     graph, state = nnx.split(layers)
 
@@ -128,7 +130,7 @@ def through(layers: Layer, x: jax.Array, condition: jax.Array, adapters: Sequenc
         own = [adapter._replace(weights=w) for adapter, w in zip(adapters, weights, strict=True)]
         return nnx.merge(graph, layer)(x, condition, own), None
 
-    return jax.lax.scan(step, x, (state, [adapter.weights for adapter in adapters]))[0]
+    return jax.lax.scan(step, x, (state, [adapter.weights for adapter in adapters]), unroll=unroll)[0]
 
 
 def projection_shapes(width: int) -> dict[str, tuple[int, int]]:

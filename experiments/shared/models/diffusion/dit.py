@@ -29,6 +29,7 @@ class Config:
       patch: pixels of a patch's side, which divides the size.
       width, layers, heads: of the transformer; the width is a multiple of the heads.
       labels: how many values each attribute has.
+      unroll: the layers without a loop, in which cost analyses would count one alone.
     """
 
     size: int
@@ -38,6 +39,7 @@ class Config:
     layers: int
     heads: int
     labels: tuple[int, ...]
+    unroll: bool = False
 
     def __post_init__(self):
         if self.size % self.patch:
@@ -70,7 +72,7 @@ class DiT(nnx.Module):
     ) -> jax.Array:
         condition = self.condition(t, asked)
         tokens = self.embed_pixels(in_patches(x, self.config.patch), ()) + self.position[...]
-        tokens = through(self.layers, tokens, condition, adapters)
+        tokens = through(self.layers, tokens, condition, adapters, self.config.unroll)
         shift, scale = jnp.split(self.modulation(condition, ()), 2, -1)
         return from_patches(self.to_pixels(modulated(tokens, shift, scale), ()), self.config.patch, x.shape)
 
