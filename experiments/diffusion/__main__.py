@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Literal
 
 from rich.console import Console
@@ -20,7 +21,10 @@ from experiments.shared.records import open_records
 from experiments.shared.report import Origin, Section, note_session, read_origin, start_run, tables_of
 from experiments.shared.terminal import progress_bar
 
-FAST_COMPILING = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+FAST_COMPILING = "--xla_backend_optimization_level=0" + (
+    # Later versions do not have it, and XLA ends the process for a flag that it does not know.
+    " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
+)
 
 BOTH = ("digits", "fashion-mnist")
 COST_OF_CLOTHES = 2.5
