@@ -48,8 +48,8 @@ class Model(NamedTuple):
       batch: {"forget": Rows, "retain": Rows}, x and y of one step.
       inner: "sgd", with momentum, or "adamw".
       steps: so many make a block that is timed.
-      kind: which function of `torch_models` computes the same; None for a model without one.
-      heads: of a decoder, those of queries, and those of keys and values.
+      kind: which function of `torch_models` computes the same.
+      heads: of a transformer, those of queries, and those of keys and values.
       is_slow_to_compile: whether it is measured in the most important rows alone.
       forget_loss, retain_loss: of each row, from its outputs and its y.
     """
@@ -59,7 +59,7 @@ class Model(NamedTuple):
     batch: dict[str, Rows]
     inner: str
     steps: int
-    kind: Literal["mlp", "cnn", "llama"] | None
+    kind: Literal["mlp", "cnn", "dit", "llama"]
     heads: tuple[int, int] = (1, 1)
     is_slow_to_compile: bool = False
     forget_loss: Loss = uniform
@@ -199,10 +199,16 @@ def diffusion_transformer(config: dit.Config, batch_size: int, steps: int) -> Mo
         labels = jnp.asarray(rng.integers(0, config.labels[0], (batch_size, 1)), jnp.int32)
         return {"x": {"noisy": noisy, "time": time, "labels": labels}, "y": velocity}
 
-    init = jax.jit(lambda: Parts(network.init(jax.random.key(0)), {}))
+    @jax.jit
+    def init() -> Parts:
+        # A new one has layers of zeros, and would predict nothing whatever the others are.
+        stirred = lambda leaf: leaf + 0.05 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape)
+        return Parts(jax.tree.map(stirred, network.init(jax.random.key(0))), {})
+
     batch = {name: made(key) for key, name in enumerate(("forget", "retain"))}
     redirect = objectives.velocity_prediction_redirect
-    return Model(init, outputs, batch, "adamw", steps, None, forget_loss=redirect, retain_loss=redirect)
+    heads = config.heads, config.heads
+    return Model(init, outputs, batch, "adamw", steps, "dit", heads, False, redirect, redirect)
 
 
 DIT = dit.Config(size=32, channels=3, patch=4, width=128, layers=4, heads=4, labels=(10,), unroll=True)

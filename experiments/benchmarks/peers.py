@@ -30,7 +30,7 @@ def missing() -> dict[str, tuple[str, ...]]:
 def blocks_of(model: Model) -> dict[str, Block]:
     """The rows whose packages are here, by name."""
     lacking = {name for names in missing().values() for name in names}
-    if model.kind is None or lacking >= set(NEEDS["torch"]):
+    if lacking >= set(NEEDS["torch"]):
         return {}
     from experiments.benchmarks import torch_steps
 

@@ -2,6 +2,7 @@
 
 # pyright: reportMissingImports=false
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,16 +14,19 @@ from experiments.benchmarks.models import SCALE, Model
 Tree = Any
 """A tree like the model's parameters, of tensors."""
 
-Outputs = Callable[[Tree, Tree, torch.Tensor], torch.Tensor]
-"""(trained, frozen, x) -> logits [rows, ..., classes]."""
+Outputs = Callable[[Tree, Tree, Any], torch.Tensor]
+"""(trained, frozen, x) -> [rows, ...], as in JAX."""
 
 
 def outputs_of(model: Model) -> Outputs:
     """What `model.outputs` computes."""
-    if model.kind == "llama":
-        heads, pairs = model.heads
-        return lambda trained, frozen, x: decoder(trained, frozen, x, heads, pairs)
-    return mlp if model.kind == "mlp" else cnn
+    heads, pairs = model.heads
+    return {
+        "mlp": mlp,
+        "cnn": cnn,
+        "dit": lambda trained, frozen, x: diffusion_transformer(trained, x, heads),
+        "llama": lambda trained, frozen, x: decoder(trained, frozen, x, heads, pairs),
+    }[model.kind]
 
 
 def mlp(trained: Tree, frozen: Tree, x: torch.Tensor) -> torch.Tensor:
@@ -69,6 +73,39 @@ def cnn(trained: Tree, frozen: Tree, x: torch.Tensor) -> torch.Tensor:
         x = residual_block(weights, x, 2 if i and i % 2 == 0 else 1)
     dense = trained["Dense_0"]
     return x.mean((2, 3)) @ dense["kernel"] + dense["bias"]
+
+
+def diffusion_transformer(trained: Tree, x: Tree, heads: int) -> torch.Tensor:
+    """A DiT, whose layers are shifted, scaled and gated by the time and the label."""
+    linear = lambda weights, x, i=...: F.linear(x, weights["weight"][i], weights["bias"][i])
+    normalised = lambda x: F.layer_norm(x, x.shape[-1:], eps=1e-5)
+    split = lambda y: y.unflatten(-1, (heads, -1)).transpose(1, 2)
+    noisy = x["noisy"]
+    batch, height, width, channels = noisy.shape
+    patch = math.isqrt(trained["embed_pixels"]["weight"].shape[1] // channels)
+    angles = x["time"][:, None] * torch.logspace(0, 2, 32)
+    waves = torch.cat([angles.sin(), angles.cos()], -1)
+    asked = trained["embed_labels"]["weight"][x["labels"][:, 0]]
+    condition = trained["condition"]
+    condition = F.silu(linear(condition["time_down"], F.silu(linear(condition["time_up"], waves))) + asked)
+    grid = batch, height // patch, patch, width // patch, patch, channels
+    patches = noisy.reshape(grid).transpose(2, 3).reshape(batch, -1, patch * patch * channels)
+    tokens = linear(trained["embed_pixels"], patches) + trained["position"]
+    layers = trained["layers"]
+    attention, mlp = layers["self_attn"], layers["mlp"]
+    for i in range(len(layers["modulation"]["weight"])):
+        parts = linear(layers["modulation"], condition, i)[:, None].chunk(6, -1)
+        h = normalised(tokens) * (1 + parts[1]) + parts[0]
+        query, key, value = (split(linear(attention[f"{name}_proj"], h, i)) for name in "qkv")
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        tokens = tokens + parts[2] * linear(attention["o_proj"], mixed, i)
+        h = normalised(tokens) * (1 + parts[4]) + parts[3]
+        h = F.gelu(linear(mlp["up_proj"], h, i), approximate="tanh")
+        tokens = tokens + parts[5] * linear(mlp["down_proj"], h, i)
+    shift, scale = linear(trained["modulation"], condition)[:, None].chunk(2, -1)
+    pixels = linear(trained["to_pixels"], normalised(tokens) * (1 + scale) + shift)
+    apart = pixels.reshape(batch, height // patch, width // patch, patch, patch, channels)
+    return apart.transpose(2, 3).reshape(noisy.shape)
 
 
 def rms_norm(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -36,15 +36,25 @@ def task_of(model: Model) -> Task:
     (trained, frozen), batch = as_tensors(model.init()), as_tensors(model.batch)
     params = [leaf.requires_grad_() for leaf in jax.tree.leaves(trained)]
     outputs, forget, retain = outputs_of(model), batch["forget"], batch["retain"]
-    labels = retain["y"].long().flatten()
 
-    def forget_loss() -> torch.Tensor:
+    def uniform(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         # KL(u || p), as `objectives.kl_to_uniform`.
-        logits = outputs(trained, frozen, forget["x"])
         return -F.log_softmax(logits, -1).mean() - math.log(logits.shape[-1])
 
+    def cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.flatten(0, -2), y)
+
+    if model.kind == "dit":
+        of_forget, of_retain = F.mse_loss, F.mse_loss
+    else:
+        of_forget, of_retain = uniform, cross_entropy
+        retain["y"] = retain["y"].long().flatten()
+
+    def forget_loss() -> torch.Tensor:
+        return of_forget(outputs(trained, frozen, forget["x"]), forget["y"])
+
     def retain_loss() -> torch.Tensor:
-        return F.cross_entropy(outputs(trained, frozen, retain["x"]).flatten(0, -2), labels)
+        return of_retain(outputs(trained, frozen, retain["x"]), retain["y"])
 
     # The fused optimisers are PyTorch's fastest on a CPU.
     optimizer = {

@@ -195,7 +195,7 @@ def test_a_run_of_unlearn_beside_its_bare_steps():
 
 @pytest.mark.slow
 @needs_torch
-@pytest.mark.parametrize("name", [name for name in SMALL if name != "dit"])
+@pytest.mark.parametrize("name", SMALL)
 def test_the_models_of_pytorch_are_the_same_functions(name):
     from experiments.benchmarks import torch_steps
 
