@@ -1,5 +1,7 @@
 """Small models, steps of each kind, and what a compiled step costs: for tests that compare programs."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -63,7 +65,9 @@ def transformer(width=128, depth=2, length=64, vocabulary=256, batch_size=8, hea
 
 
 # What tests/conftest.py changes for speed, as users have it.
-AS_USERS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+AS_USERS = {"xla_backend_optimization_level": 3}
+if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
+    AS_USERS["xla_cpu_use_fusion_emitters"] = True
 INNER = {"momentum": optax.sgd(0.1, momentum=0.9), "adam": optax.adam(1e-3)}
 
 
@@ -97,9 +101,14 @@ def implicit_step(surgery, tx, losses_fn):
     return step
 
 
+def compile_step(step, *args, donate=(0, 1)):
+    """A step that, as in training, takes its arguments over, compiled as users have it."""
+    return jax.jit(step, donate_argnums=donate).lower(*args).compile(compiler_options=AS_USERS)
+
+
 def cost(step, *args, donate=(0, 1)):
-    """(FLOPs, bytes of temporaries) of a step that, as in training, takes its arguments over."""
-    compiled = jax.jit(step, donate_argnums=donate).lower(*args).compile(compiler_options=AS_USERS)
+    """(FLOPs, bytes of temporaries) of such a step."""
+    compiled = compile_step(step, *args, donate=donate)
     analysis = compiled.cost_analysis()
     return analysis["flops"], compiled.memory_analysis().temp_size_in_bytes
 

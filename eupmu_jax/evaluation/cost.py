@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+from jax.stages import Compiled
 
 from eupmu_jax.method.types import PyTree
 
@@ -57,7 +58,11 @@ def step_cost(step: Callable[..., PyTree], *args: PyTree) -> dict[str, float]:
     Source: XLA's cost and memory analyses of a compiled program.
     """
     lower = getattr(step, "lower", None) or jax.jit(step).lower
-    compiled = lower(*args).compile()
+    return program_cost(lower(*args).compile())
+
+
+def program_cost(compiled: Compiled) -> dict[str, float]:
+    """What `step_cost` returns, of a program that is compiled already."""
     costs, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     size = lambda kind: float(getattr(memory, f"{kind}_size_in_bytes", "nan"))
     return {

@@ -90,8 +90,9 @@ def eupmu(
 
       A step with a non-finite loss or gradient (or a loss <= 0 where its logarithm is needed, or a
       look-ahead that shows either, or a dual step that overflows) is skipped: zero updates,
-      everything else kept and ``surgery_info(state).skipped_steps`` incremented. An inner optimiser
-      that overflows by itself is seen by the look-ahead only.
+      everything else kept and ``surgery_info(state).skipped_steps`` incremented. So is one whose gradient
+      has a leaf that adds up to more than float32 holds. An inner optimiser that overflows by itself is
+      seen by the look-ahead only.
 
       ``optax.MultiSteps`` around this sees the last mini-batch only: for a batch that is too large
       use `accumulated`. ``optax.apply_if_finite`` and other wrappers that inspect ``updates`` need a pytree
@@ -212,14 +213,17 @@ def committed(
     # for ever. Which way of choosing is free depends on the machine. A conditional of a TPU holds old and new
     # moments side by side: in all 1.4 x the memory of fine-tuning for 7B parameters on 16 chips, where a
     # select, fused into the update, takes 1.02 x. XLA does not fuse the select on a CPU (1.9 x for a small
-    # network with Adam), and there the conditional takes 1.00 x.
+    # network with Adam), and there the conditional takes 1.00 x. Without state there is nothing to hold: then
+    # the select is fused into what applies the updates, which a conditional would write out and read again.
     def conditional(moving, *step):
         return jax.lax.cond(moving, inner_update, keep, *step)
 
     def selected(moving, *step):
         return select(moving, inner_update(*step), keep(*step))
 
-    return jax.lax.platform_dependent(moving, direction, inner_state, cpu=conditional, default=selected)
+    has_state = any(jnp.size(leaf) > 1 for leaf in jax.tree.leaves(inner_state))
+    on_cpu = conditional if has_state else selected
+    return jax.lax.platform_dependent(moving, direction, inner_state, cpu=on_cpu, default=selected)
 
 
 def _check_update_args(updates: PyTree, state: PyTree, params: PyTree, batch: PyTree) -> None:

@@ -21,7 +21,7 @@ def unilateral_projection(
       d = \arg\min_d \tfrac12 |d - g_f|^2 \;\text{ subject to }\; \langle g_{r,k}, d \rangle \ge
       -\epsilon_k \;\forall k, \qquad d = g_f + \textstyle\sum_k \lambda_k g_{r,k}
 
-    For one utility lambda = max(0, -(<g_r, g_f> + eps) / |g_r|^2); for K the multipliers solve a
+    For one utility ``lambda = max(0, -(<g_r, g_f> + eps) / |g_r|^2)``; for K the multipliers solve a
     non-negative quadratic programme in the Gramian of the retain gradients.
 
     Args:

@@ -19,13 +19,18 @@ The methods of the literature, by what they minimise; each needs a retain loss b
 - SimNPO: `simnpo` of `sequence_log_probability` and the number of tokens.
 - RMU: `representation_misdirection` to a random direction; to retain, the same to the original's states.
 - Confidence target: `confidence_target` to `unseen_confidence`.
-- SalUn and EUPMU of a diffusion model: `noise_prediction_redirect` to another class.
+- SalUn and EUPMU of a diffusion model: `noise_prediction_redirect` or `velocity_prediction_redirect` to
+  another class; to retain, `denoising_rise`.
 - Divergence from the original, to retain: `kl_to_reference` with a second model's logits;
   `kl_to_cached_reference` without one.
 """
 
 from eupmu_jax.objectives.confidence import confidence, confidence_target, unseen_confidence
-from eupmu_jax.objectives.diffusion import noise_prediction_redirect
+from eupmu_jax.objectives.diffusion import (
+    denoising_rise,
+    noise_prediction_redirect,
+    velocity_prediction_redirect,
+)
 from eupmu_jax.objectives.labels import (
     cross_entropy,
     gradient_ascent,
@@ -51,6 +56,7 @@ __all__ = [
     "confidence",
     "confidence_target",
     "cross_entropy",
+    "denoising_rise",
     "gradient_ascent",
     "kl_to_cached_reference",
     "kl_to_reference",
@@ -65,5 +71,6 @@ __all__ = [
     "top_log_probabilities",
     "unlikelihood",
     "unseen_confidence",
+    "velocity_prediction_redirect",
     "wrong_labels",
 ]

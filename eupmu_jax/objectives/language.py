@@ -94,7 +94,7 @@ def simnpo(
 
     Args:
       log_probability: log pi of each forget example, floating [B], from `sequence_log_probability`.
-      length: |y|, the number of tokens that count in each example, real [B]: mask.sum(-1).
+      length: ``|y|``, the number of tokens that count in each example, real [B]: mask.sum(-1).
       beta: the inverse temperature > 0. The paper's code searches it for each task, between 1 and 4.5.
       gamma: the reward margin, added to beta times nats per token. It is that code's gamma times beta.
 

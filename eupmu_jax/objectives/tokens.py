@@ -30,9 +30,9 @@ def by_token(
     `gradient_ascent` is the log-probability that `npo` and `simnpo` take.
 
     Args:
-      objective: any that takes (logits [n, V], *arrays [n, ...]), and mask=[n] where there is one, and gives
-        a value for each token, [n]: `cross_entropy`, `unlikelihood`, `kl_to_uniform`, ... A function of one's
-        own may return a pytree of arrays [n, ...]. It must take every token for itself.
+      objective: any that takes ``(logits [n, V], *arrays [n, ...])``, and ``mask=[n]`` where there is one,
+        and gives a value for each token, [n]: `cross_entropy`, `unlikelihood`, `kl_to_uniform`, ... A
+        function of one's own may return a pytree of arrays [n, ...]. It must take every token for itself.
       hidden: what the head is applied to, floating [B, T, D]. Those at t predict the labels at t: shift the
         labels.
       head: hidden states [n, D] to logits [n, V], closed over its parameters, which get their gradient. Tied

@@ -250,9 +250,8 @@ def make_runner(
         if contender.is_repaired:
             end = {"forget_loss unrepaired": forget, "retain_loss unrepaired": retain}
             budget = eu.Budget(cell.budget, baseline=retain_before)
-            params, promise = within(params, retained_rows(cell.task), budget)
-            params = params if promise.holds else original
-            end |= {"repair_steps": promise.repair_steps, "holds": promise.holds}
+            params, promise = within(params, retained_rows(cell.task), budget, lambda: original)
+            end |= {"repair_steps": promise.repair_steps, "holds": promise.holds, "way": promise.way}
             end["measured_on"] = promise.examples
             forget, retain = map(float, whole_losses(params, task.forget, task.retain))
         every = max(1, steps // CHUNKS)

@@ -141,8 +141,7 @@ def repaired(testbed: Testbed, task: Task, original, params, baseline, budget: f
     size = min(REPAIR_ROWS // 2, task.retain.size) if each_class else task.retain.size
     rows = retain_sets(jax.device_get(taken(testbed.train, task.retain)), size)
     of = retained(losses_fn, nothing_frozen, None, rows, seed=0)
-    params, promise = within(params, of, eu.Budget(budget, baseline=np.asarray(baseline)))
-    return (params if promise.holds else original), promise
+    return within(params, of, eu.Budget(budget, baseline=np.asarray(baseline)), lambda: original)
 
 
 def kept_classes(testbed: Testbed, task: Task) -> list[int]:

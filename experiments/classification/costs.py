@@ -20,7 +20,8 @@ def step_cost(testbed: Testbed, method: str) -> dict[str, float]:
         number: Any = jax.ShapeDtypeStruct(leading[:-1], jnp.float32)
         return Batch(examples, examples, number, number)
 
-    names = ("learning_rate", *testbed.peers[method].knobs)
+    peer = testbed.peers[method]
+    names = ("learning_rate", *peer.knobs, *(["baseline"] if peer.is_told_baseline else []))
     knobs = dict.fromkeys(names, jax.ShapeDtypeStruct((), jnp.float32))
     params = jax.eval_shape(testbed.classifier.init, jax.random.key(0), train.x[:1])
     unlearner = testbed.unlearner(method)

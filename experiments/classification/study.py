@@ -6,17 +6,17 @@ import numpy as np
 
 from experiments.classification.attacks import attack_by_likelihood_ratio
 from experiments.classification.costs import step_cost
+from experiments.classification.targets import measure_targets
 from experiments.classification.tuning import blind_score, settings_to_try
 from experiments.shared import comparison
-from experiments.shared.comparison import Comparison, Setting, reference, unlearn
+from experiments.shared.comparison import Comparison, Setting, reference, run_method, unlearn
 from experiments.shared.configs import Config
-from experiments.shared.forget_sets import Task, kind_of
 from experiments.shared.loop import Knobs
 from experiments.shared.peers import PEERS
-from experiments.shared.records import Record, Records, open_records
+from experiments.shared.records import Record, open_records
 from experiments.shared.report import ORIGINAL, note_session
 from experiments.shared.scores import accuracies
-from experiments.shared.testbed import Models, Progress, Testbed, original_models, saved_task
+from experiments.shared.testbed import Progress, Testbed, original_models, saved_task
 
 
 def run(testbed: Testbed, path: pathlib.Path, progress: Progress) -> None:
@@ -34,11 +34,11 @@ def run(testbed: Testbed, path: pathlib.Path, progress: Progress) -> None:
             on_task = comparison.start(testbed, path, records, task, originals, progress)
             for method in config.methods:
                 tune_and_unlearn(on_task, method)
-        for method in config.methods:
-            measure_cost(testbed, records, tasks[0], method, originals)
-        attacked = next((task for task in tasks if task.kind == "random"), None)
-        if attacked and config.shadows:
-            attack_by_likelihood_ratio(testbed, records, attacked, progress)
+                if task is tasks[0]:
+                    measure_cost(on_task, method)
+            measure_targets(on_task)
+            if config.shadows:
+                attack_by_likelihood_ratio(testbed, records, task, progress)
 
 
 def amount_of_work(config: Config) -> float:
@@ -46,20 +46,20 @@ def amount_of_work(config: Config) -> float:
     seeds = len(config.training_seeds)
     runs = seeds * len(config.unlearning_seeds)
     names = len(config.methods) + sum(PEERS[method].constant is not None for method in config.methods)
-    each_task = seeds + 1 + len(config.methods) * config.trials + names * runs
-    attacked = config.shadows and any(kind_of(spec) == "random" for spec in config.tasks)
-    return seeds + 1 + len(config.tasks) * each_task + (3 + len(config.methods) if attacked else 0)
+    referred = any(PEERS[method].forget_loss == "unseen confidence" for method in config.methods)
+    each_task = (seeds + 1) * (1 + referred) + len(config.methods) * config.trials + names * runs
+    attack = 3 + referred + len(config.methods) if config.shadows else 0
+    return seeds + 1 + len(config.tasks) * (each_task + attack)
 
 
 def tune(on_task: Comparison, method: str) -> Record:
     """The best trial of a method by the blind rule, from the model of the tuning seed."""
     testbed, task = on_task.testbed, on_task.task
     config, seed = testbed.config, testbed.config.tuning_seed
-    original = on_task.originals[seed].params
     report = lambda part: on_task.progress(f"{task.name}: tuning {method}", part)
 
     def trial(knobs: Knobs) -> Record:
-        done = testbed.unlearn(method, knobs, original, task, seed, report)
+        done = run_method(on_task, method, knobs, seed, seed, report)
         scores = accuracies(testbed, task, testbed.predict(done.params, task.retain))
         score = blind_score(scores, reference(on_task, ORIGINAL, seed), task.whole_class is not None)
         late = float(np.mean(done.history["multiplier"][-(testbed.steps // 2) :]))
@@ -84,14 +84,14 @@ def tune_and_unlearn(on_task: Comparison, method: str) -> None:
         unlearn(on_task, f"constant at {method}", Setting(constant, knobs), fixed_point_of=method)
 
 
-def measure_cost(testbed: Testbed, records: Records, task: Task, method: str, originals: Models) -> None:
-    """A record of a step's cost, and of the time of a run on the first task: the best of three."""
-    config = testbed.config
+def measure_cost(on_task: Comparison, method: str) -> None:
+    """A record of a step's cost, and of the time of a run on the task: the best of three."""
+    config, records = on_task.testbed.config, on_task.records
     seed = config.training_seeds[0]
-    knobs = records.by_key[("run", task.name, method, seed, config.unlearning_seeds[0])]["knobs"]
+    knobs = records.by_key[("run", on_task.task.name, method, seed, config.unlearning_seeds[0])]["knobs"]
 
     def piece() -> Record:
-        unlearn = lambda s: testbed.unlearn(method, knobs, originals[seed].params, task, s)
-        return step_cost(testbed, method) | {"seconds": min(unlearn(s).seconds for s in range(3))}
+        seconds = min(run_method(on_task, method, knobs, seed, batches).seconds for batches in range(3))
+        return step_cost(on_task.testbed, method) | {"seconds": seconds}
 
     records.get(("cost", method), piece)

@@ -106,7 +106,10 @@ def task_tables(results: Results, columns: dict[str, int]) -> list[Section]:
 
 
 def more_tables(results: Results) -> list[Section]:
-    return [Section(f"More of {task}", [mean_and_std(part, MORE)]) for task, part in results.by_task.items()]
+    measured = {name: digits for name, digits in MORE.items() if name in results.runs}
+    return [
+        Section(f"More of {task}", [mean_and_std(part, measured)]) for task, part in results.by_task.items()
+    ]
 
 
 def caveats(runs: Frame) -> list[str]:
@@ -143,6 +146,8 @@ def curve_sections(path: pathlib.Path, results: Results) -> list[Section]:
         plot_classes(path / "classes.png", results.runs, results.records, classes, results.looks)
         text = "Test accuracy of each class, less Retrain's, for the methods nearest to Retrain."
         sections.append(Section("Classes", [text, Picture("classes.png")]))
-    plot_relearning(path / "relearning.png", results.records, results.looks)
-    text = "Forget accuracy along fine-tuning; a method passes where it rises no faster than Retrain's."
-    return [*sections, Section("Relearning", [text, Picture("relearning.png")])]
+    if any("relearning on few" in record for record in of_kind(results.records, "run")):
+        plot_relearning(path / "relearning.png", results.records, results.looks)
+        text = "Forget accuracy along fine-tuning; a method passes where it rises no faster than Retrain's."
+        sections.append(Section("Relearning", [text, Picture("relearning.png")]))
+    return sections

@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 from eupmu_jax.evaluation.membership import FEATURES
 from experiments.shared.configs import Config
 from experiments.shared.forget_sets import Task, whole_class_of
+from experiments.shared.loop import Knobs, Run, Told
 from experiments.shared.records import Record, Records, RecordsByKey, of_kind, open_records
 from experiments.shared.relearning import Relearning, make_relearning
 from experiments.shared.report import ORIGINAL, OTHER_SEED, RETRAIN, Frame, note_session
@@ -19,6 +21,7 @@ from experiments.shared.testbed import (
     Outputs,
     Progress,
     Testbed,
+    briefly_trained,
     original_models,
     saved_task,
     trained_models,
@@ -33,7 +36,10 @@ class Setting(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """One task and what methods are compared by on it; models are by the seed of their training."""
+    """One task and what methods are compared by on it; models are by the seed of their training.
+
+    `told` is (method, seed) -> what the method is told of the original model.
+    """
 
     testbed: Testbed
     records: Records
@@ -41,6 +47,7 @@ class Comparison(NamedTuple):
     relearning: Relearning
     task: Task
     originals: Models
+    told: Callable[[str, int], Told]
     retrained: Models
     retrained_outputs: dict[int, Outputs]
 
@@ -88,8 +95,27 @@ def start(
     name, seeds = f"{task.name} retrain", list(originals)
     retrained = trained_models(testbed, path, name, task.retain, tuple(seeds), progress)
     outputs = {seed: testbed.predict(model.params, task.retain) for seed, model in retrained.items()}
-    relearning = make_relearning(testbed)
-    comparison = Comparison(testbed, records, progress, relearning, task, originals, retrained, outputs)
+
+    @cache
+    def told(method: str, seed: int) -> Told:
+        reference = lambda: reference_of(seed).params
+        return testbed.told(method, task, originals[seed].params, reference)
+
+    @cache
+    def reference_of(seed: int):
+        return briefly_trained(testbed, path, task, seed, progress)
+
+    comparison = Comparison(
+        testbed=testbed,
+        records=records,
+        progress=progress,
+        relearning=make_relearning(testbed),
+        task=task,
+        originals=originals,
+        told=told,
+        retrained=retrained,
+        retrained_outputs=outputs,
+    )
     for seed, other in zip(seeds, seeds[1:] + seeds[:1], strict=True):
         score(comparison, RETRAIN, seed, 0, lambda seed=seed: Unlearned(*retrained[seed], {}))
         score(comparison, ORIGINAL, seed, 0, lambda seed=seed: Unlearned(*originals[seed], {}))
@@ -124,6 +150,19 @@ def reference(comparison: Comparison, name: str, seed: int) -> Record:
     return comparison.records.by_key[("run", comparison.task.name, name, seed, 0)]
 
 
+def run_method(
+    comparison: Comparison,
+    method: str,
+    knobs: Knobs,
+    seed: int,
+    unlearning_seed: int,
+    report: Callable[[float], None] = lambda part: None,
+) -> Run:
+    """One run of a method, from the original model of that training seed."""
+    original, told = comparison.originals[seed].params, comparison.told(method, seed)
+    return comparison.testbed.unlearn(method, knobs, original, told, comparison.task, unlearning_seed, report)
+
+
 def unlearn(comparison: Comparison, name: str, setting: Setting, **more: str) -> None:
     """Records of a method with these knobs, for all training and unlearning seeds; they hold `more`, too."""
     testbed, task = comparison.testbed, comparison.task
@@ -131,8 +170,7 @@ def unlearn(comparison: Comparison, name: str, setting: Setting, **more: str) ->
     report = lambda part: comparison.progress(f"{task.name}: {name}", part)
 
     def make(seed: int, unlearning_seed: int) -> Unlearned:
-        original = comparison.originals[seed].params
-        done = testbed.unlearn(method, knobs, original, task, unlearning_seed, report)
+        done = run_method(comparison, method, knobs, seed, unlearning_seed, report)
         parts = {key: np.array_split(values, min(50, len(values))) for key, values in done.history.items()}
         history = {key: [float(part.mean()) for part in split] for key, split in parts.items()}
         family = {"family": testbed.peers[method].family}

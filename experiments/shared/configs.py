@@ -80,7 +80,7 @@ class Config:
     """Of the shadow models and the relearning attack."""
 
     shadows: int = 8
-    """Pairs of shadow models in the likelihood-ratio attack on the first random:SHARE task; 0 for none."""
+    """Pairs of shadow models in the likelihood-ratio attack on each task; 0 for none."""
 
     side_by_side: int = 16
     """Shadow models that are trained at a time, in one compiled call; fewer need less memory."""

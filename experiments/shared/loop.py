@@ -39,6 +39,22 @@ class Plan(NamedTuple):
     forget_share: np.ndarray
 
 
+class Told(NamedTuple):
+    """What a method is told of the model that is to forget, beside its parameters.
+
+    Attributes:
+      knobs: those that are measured of the model, not tuned.
+      fields: those of the examples that depend on the model, arrays with a leading axis of examples.
+    """
+
+    knobs: dict[str, Any]
+    fields: dict[str, Any]
+
+    def to(self, knobs: Knobs, examples: Examples) -> tuple[dict[str, Any], Examples]:
+        """All knobs, and the examples with these fields."""
+        return {**knobs, **self.knobs}, examples._replace(**self.fields) if self.fields else examples
+
+
 class Unlearner(NamedTuple):
     """A method on a model, as pure functions of its knobs, so that all settings share a program.
 
@@ -107,6 +123,11 @@ def taken(examples: Examples, rows: Any) -> Examples:
     return jax.tree.map(lambda leaf: leaf[rows], examples)
 
 
+def in_batches(rows: np.ndarray, batch_size: int) -> np.ndarray:
+    """All rows once, [k, batch_size], the last batch filled up from the beginning."""
+    return np.resize(rows, (-(-len(rows) // batch_size), batch_size)).astype(np.int32)
+
+
 def make_plan(
     forget: np.ndarray,
     retain: np.ndarray,
@@ -120,8 +141,7 @@ def make_plan(
 
     In passes a batch holds what was not trained on for longest: its loss lies above the whole set's.
     """
-    batches = -(-len(forget) // batch_size)
-    once = np.resize(forget, (batches, batch_size)).astype(np.int32)
+    once = in_batches(forget, batch_size)
     if independent:
         of_retain = np.random.default_rng((seed, 6)).choice(retain, (steps, batch_size)).astype(np.int32)
     else:
@@ -145,10 +165,10 @@ class Run(NamedTuple):
 
 
 def make_unlearn(unlearner: Unlearner) -> Callable[..., Run]:
-    """unlearn(knobs, params, examples, plan, seed, report) -> Run."""
+    """unlearn(knobs, examples, params, plan, seed, report) -> Run."""
     init, run = jax.jit(unlearner.init), jax.jit(unlearner.run, donate_argnums=(1, 2))
 
-    def unlearn(knobs, params, examples, plan: Plan, seed: int, report=lambda part: None) -> Run:
+    def unlearn(knobs, examples, params, plan: Plan, seed: int, report=lambda part: None) -> Run:
         knobs = in_float32(knobs)
         params = jax.tree.map(jnp.copy, params)
         inputs = (knobs, params, examples, plan.forget_set)
@@ -175,23 +195,25 @@ def make_unlearn(unlearner: Unlearner) -> Callable[..., Run]:
 
 
 def make_unlearn_many(unlearner: Unlearner, side_by_side: int = 16) -> Callable[..., Params]:
-    """unlearn_many(knobs, params, keys, examples, plans) -> params: n models in one compiled call.
+    """unlearn_many(knobs, params, keys, examples, told, plans) -> params: n models in one compiled call.
 
-    `side_by_side` of them are vmapped at a time.
+    All share the knobs and the examples but for what `told` has of each. `side_by_side` of them are vmapped
+    at a time.
     """
 
     @jax.jit
-    def run_many(knobs, params, keys, examples, plans: Plan):
+    def run_many(knobs, params, keys, examples, told: Told, plans: Plan):
         def one(inputs):
-            params, key, plan = inputs
-            state = unlearner.init(knobs, params, examples, plan.forget_set)
+            params, key, told, plan = inputs
+            own_knobs, own_examples = told.to(knobs, examples)
+            state = unlearner.init(own_knobs, params, own_examples, plan.forget_set)
             steps = len(plan.rows.forget)
             progress = jnp.arange(steps, dtype=jnp.float32) / steps
             batches = (plan.forget_share, plan.rows, progress)
-            params, _, _ = unlearner.run(knobs, params, state, key, examples, *batches)
+            params, _, _ = unlearner.run(own_knobs, params, state, key, own_examples, *batches)
             return params
 
-        return jax.lax.map(one, (params, keys, plans), batch_size=min(side_by_side, len(keys)))
+        return jax.lax.map(one, (params, keys, told, plans), batch_size=min(side_by_side, len(keys)))
 
     return lambda knobs, *arguments: run_many(in_float32(knobs), *arguments)
 

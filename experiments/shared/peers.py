@@ -5,7 +5,8 @@ from functools import partial
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-from experiments.shared.methods.eupmu import eupmu
+from experiments.shared.labels import ForgetLoss
+from experiments.shared.methods.eupmu import eupmu, eupmu_budget
 from experiments.shared.methods.exact_surgery import exact_surgery
 from experiments.shared.methods.famo import famo
 from experiments.shared.methods.fine_tuning import fine_tuning
@@ -33,6 +34,9 @@ class Peer(NamedTuple):
       make: (losses, optimizer, **knobs) -> Method.
       learning_rate: its range [low, high], searched in the logarithm.
       knobs: the ranges of what else is tuned, likewise.
+      forget_loss: what it minimises in order to forget, if it minimises anything.
+      is_told_baseline: it has the knob `baseline`, too: the mean training loss of the retain set before
+        the first step.
       family: EUPMU stands out in pictures.
       constant: the peer that descends the same losses under a constant weight, for one whose multiplier
         settles: there it is compared with that weight.
@@ -41,14 +45,38 @@ class Peer(NamedTuple):
     make: Callable[..., Method]
     learning_rate: Range = (1e-3, 1e-1)
     knobs: Mapping[str, Range] = MappingProxyType({})
+    forget_loss: ForgetLoss = "wrong labels"
+    is_told_baseline: bool = False
     family: Family = "other"
     constant: str | None = None
 
 
 def eupmu_peer(
-    learning_rate: Range, demand: Range, constant: str = "random labels", **settings: str | bool
+    learning_rate: Range,
+    demand: Range,
+    constant: str = "random labels",
+    forget_loss: ForgetLoss = "wrong labels",
+    **settings: str | bool,
 ) -> Peer:
-    return Peer(partial(eupmu, **settings), learning_rate, {"demand": demand}, "EUPMU", constant)
+    return Peer(
+        partial(eupmu, **settings),
+        learning_rate,
+        {"demand": demand},
+        forget_loss,
+        family="EUPMU",
+        constant=constant,
+    )
+
+
+def budget_peer(forget_loss: ForgetLoss) -> Peer:
+    """The budget is in nats: what the retain loss may have risen by at the end."""
+    return Peer(
+        eupmu_budget,
+        knobs={"budget": (3e-3, 0.3)},
+        forget_loss=forget_loss,
+        is_told_baseline=True,
+        family="EUPMU",
+    )
 
 
 PEERS: dict[str, Peer] = {
@@ -73,5 +101,11 @@ PEERS: dict[str, Peer] = {
     "EUPMU lookahead (log)": eupmu_peer(
         (3e-4, 3e-2), (1e-3, 0.1), "random labels (log)", measure="lookahead", log_losses=True
     ),
+    "EUPMU budget": budget_peer("wrong labels"),
+    "unseen confidence": Peer(scalarisation, knobs={"weight": (0.5, 50)}, forget_loss="unseen confidence"),
+    "EUPMU lagged (unseen)": eupmu_peer(
+        (1e-3, 1e-1), (3e-3, 0.3), "unseen confidence", "unseen confidence", measure="lagged"
+    ),
+    "EUPMU budget (unseen)": budget_peer("unseen confidence"),
 }
 """By display name, in the order of tables and plots."""

@@ -15,15 +15,29 @@ from experiments.shared.configs import Config, check
 from experiments.shared.data import images
 from experiments.shared.forget_sets import Task, make_task, wrong_labels
 from experiments.shared.labels import LabelledExamples, label_losses
-from experiments.shared.loop import Run, Unlearner, make_plan, make_unlearn, make_unlearner, number_of_steps
+from experiments.shared.loop import (
+    Run,
+    Told,
+    Unlearner,
+    in_batches,
+    make_plan,
+    make_unlearn,
+    make_unlearner,
+    number_of_steps,
+    taken,
+)
 from experiments.shared.methods.method import LossFunctions
 from experiments.shared.models.classifier import MODELS, Classifier, calibration, make_classifier
 from experiments.shared.peers import PEERS, Peer
 from experiments.shared.report import Origin, read_origin
 from experiments.shared.training import Trained, Trainer, augmented, make_trainer
+from experiments.shared.unseen import unseen_targets
 
 Progress = Callable[[str, float], None]
 """progress(what, part): so much more is done."""
+
+OWN_SEED = 1000
+"""Added to the seed of an original for the model that is trained briefly beside it."""
 
 Models = dict[int, Trained]
 """Trained models by the seed of their training."""
@@ -45,10 +59,13 @@ class Testbed(NamedTuple):
       peers: the methods by name.
       data: the three parts of the data set.
       train: the training set on the device, with wrong labels beside the true ones.
-      classifier, losses, trainer: the model, its losses and its training.
+      classifier, trainer: the model and its training.
+      losses: of the model; the forget loss is that of the wrong labels.
       steps: of every unlearning run.
       unlearner: name of a method -> its compiled form for this classifier.
-      unlearn: (method, knobs, params, task, seed, report) -> Run.
+      told: (method, task, params, reference) -> what the method is told of a model that is to forget;
+        reference() gives the parameters of the model that `briefly_trained` makes for the task.
+      unlearn: (method, knobs, params, told, task, seed, report) -> Run.
       predict: (params, rows to retain) -> Outputs.
     """
 
@@ -61,6 +78,7 @@ class Testbed(NamedTuple):
     trainer: Trainer
     steps: int
     unlearner: Callable[[str], Unlearner]
+    told: Callable[[str, Task, Any, Callable[[], Any]], Told]
     unlearn: Callable[..., Run]
     predict: Callable[[Any, np.ndarray], Outputs]
 
@@ -79,23 +97,38 @@ def make_testbed(config: Config, peers: Mapping[str, Peer] = PEERS) -> Testbed:
     classes = images.count_classes(*pools)
     classifier = make_classifier(MODELS[config.model](classes))
     losses = label_losses(classifier.apply)
+    augment = augmented if config.training.augmented else None
     on_device = images.Data(*(images.Examples(*map(jnp.asarray, part)) for part in data))
     wrong = jnp.asarray(wrong_labels(data.train.y, classes, config.data_seed))
-    train = LabelledExamples(*on_device.train, wrong)
+    train = LabelledExamples(*on_device.train, wrong, unseen=jnp.full(len(wrong), jnp.nan))
 
     @cache
     def unlearner(method: str) -> Unlearner:
-        augment = augmented if config.training.augmented else None
-        settings = {"weight_decay": config.weight_decay, "augmented": augment}
-        return make_unlearner(peers[method].make, losses, **settings)
+        peer, settings = peers[method], {"weight_decay": config.weight_decay, "augmented": augment}
+        return make_unlearner(peer.make, label_losses(classifier.apply, peer.forget_loss), **settings)
 
     @cache
     def compiled(method: str) -> Callable[..., Run]:
         return make_unlearn(unlearner(method))
 
-    def unlearn(method, knobs, params, task: Task, seed: int, report=lambda part: None) -> Run:
+    @jax.jit
+    def mean_loss(params, batches):
+        return jax.lax.map(lambda rows: losses.training(params, taken(train, rows)).mean(), batches).mean()
+
+    def told(method, task: Task, params, reference) -> Told:
+        peer, knobs, fields = peers[method], {}, {}
+        if peer.is_told_baseline:
+            knobs["baseline"] = mean_loss(params, in_batches(task.retain, config.batch_size))
+        if peer.forget_loss == "unseen confidence":
+            outputs = predict(params, task.retain), predict(reference(), task.retain)
+            fields["unseen"] = jnp.asarray(
+                unseen_targets(task, data, *(of[:2] for of in outputs)), jnp.float32
+            )
+        return Told(knobs, fields)
+
+    def unlearn(method, knobs, params, told: Told, task: Task, seed: int, report=lambda part: None) -> Run:
         plan = make_plan(task.forget, task.retain, steps=steps, batch_size=config.batch_size, seed=seed)
-        return compiled(method)(knobs, params, train, plan, seed, report)
+        return compiled(method)(*told.to(knobs, train), params, plan, seed, report)
 
     @jax.jit
     def predict_all(params, batches, parts):
@@ -117,6 +150,7 @@ def make_testbed(config: Config, peers: Mapping[str, Peer] = PEERS) -> Testbed:
         trainer=trainer,
         steps=steps,
         unlearner=unlearner,
+        told=told,
         unlearn=unlearn,
         predict=predict,
     )
@@ -140,8 +174,13 @@ def trained_models(
     rows: np.ndarray,
     seeds: tuple[int, ...],
     progress: Progress,
+    plan: Callable[[np.ndarray, int], np.ndarray] | None = None,
 ) -> Models:
-    """A model of these rows for each seed, from its file in the run's folder where there is one."""
+    """A model of these rows for each seed, from its file in the run's folder where there is one.
+
+    It is trained by the testbed's plan, or another one.
+    """
+    plan = plan or testbed.trainer.plan
     models = {}
     for seed in seeds:
         file = path / "models" / f"{name}-{seed}.msgpack".replace(":", "-").replace(" ", "-")
@@ -152,7 +191,7 @@ def trained_models(
             params, seconds = flax.serialization.from_bytes((shapes, 0.0), file.read_bytes())
             models[seed] = Trained(jax.tree.map(jnp.asarray, params), float(seconds))
             continue
-        models[seed] = testbed.trainer.train(testbed.train, testbed.trainer.plan(rows, seed), seed, report)
+        models[seed] = testbed.trainer.train(testbed.train, plan(rows, seed), seed, report)
         write_whole(file, flax.serialization.to_bytes(jax.device_get(tuple(models[seed]))))
     return models
 
@@ -162,6 +201,20 @@ def original_models(
 ) -> Models:
     """Models of the whole training set, which are to forget a part of it."""
     return trained_models(testbed, path, "original", np.arange(testbed.data.train.size), seeds, progress)
+
+
+def briefly_trained(
+    testbed: Testbed, path: pathlib.Path, task: Task, seed: int, progress: Progress
+) -> Trained:
+    """A model that saw the retain set for a sixth of the epochs, from a start of its own."""
+    own, name = seed + OWN_SEED, f"{task.name} reference"
+    return trained_models(testbed, path, name, task.retain, (own,), progress, brief_plan(testbed))[own]
+
+
+def brief_plan(testbed: Testbed) -> Callable[[np.ndarray, int], np.ndarray]:
+    """(rows, seed) -> a plan of a sixth of the epochs."""
+    epochs = max(1, testbed.config.training.epochs // 6)
+    return lambda rows, seed: testbed.trainer.plan(rows, seed)[:epochs]
 
 
 def describe(path: pathlib.Path, testbed: Testbed) -> Origin:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -19,9 +20,10 @@ from experiments.quickstart import __main__ as quickstart
 from experiments.shared import command, report
 from experiments.shared.configs import CONFIGS, Config, check
 from experiments.shared.data import images
-from experiments.shared.forget_sets import make_task, memorisation, wrong_labels
+from experiments.shared.forget_sets import Task, make_task, memorisation, wrong_labels
 from experiments.shared.labels import LabelledExamples, cross_entropy, label_losses
 from experiments.shared.loop import (
+    Told,
     make_plan,
     make_unlearn,
     make_unlearn_many,
@@ -33,6 +35,7 @@ from experiments.shared.peers import PEERS
 from experiments.shared.records import of_kind, open_records, read_records
 from experiments.shared.testbed import make_testbed
 from experiments.shared.training import Recipe, augment, augmented, batch_rows, make_trainer
+from experiments.shared.unseen import like_retained, unseen_targets
 
 RECIPE = Recipe(epochs=4, batch_size=32, optimizer="adam", learning_rate=3e-3)
 TINY = dataclasses.replace(
@@ -42,7 +45,7 @@ TINY = dataclasses.replace(
     train_size=300,
     validation_size=100,
     test_size=100,
-    methods=("random labels", "SalUn", "EUPMU lagged"),
+    methods=("random labels", "EUPMU lagged", "EUPMU budget (unseen)"),
     trials=2,
     shadows=3,
     relearning_steps=10,
@@ -108,6 +111,66 @@ def test_memorisation_finds_wrong_labels(data, classifier):
     assert np.all((scores >= -1) & (scores <= 1))
     worst = np.argsort(-scores)[:15]
     assert np.sum(worst < 15) >= 8, "chance finds less than one"
+
+
+def predicted(labels, confidence):
+    """Probabilities of two classes, of that confidence in the labels."""
+    p = 1 / (1 + np.exp(-np.asarray(confidence, np.float64)))
+    return np.where(np.arange(2) == labels[:, None], p[:, None], 1 - p[:, None])
+
+
+@pytest.fixture(scope="module")
+def two_classes():
+    """400 examples to train on, 300 held out and none to test on."""
+    rng = np.random.default_rng(0)
+    sets = [images.Examples(rng.normal(size=(n, 2, 2, 1)), rng.integers(0, 2, n)) for n in (400, 300, 0)]
+    return images.Data(*sets)
+
+
+@pytest.mark.parametrize("excess", [0.0, 3.0])
+def test_targets_take_off_what_the_original_is_more_certain_of_than_of_unseen_examples(excess, two_classes):
+    """Original = reference + 2 on all, and `excess` more on what it was trained on."""
+    train, held_out, _ = two_classes
+    rng = np.random.default_rng(1)
+    phi, phi_held_out = rng.normal(0, 3, 400), rng.normal(0, 3, 300)
+    task = Task.of("random:0.1", np.arange(0, 400, 10), 400)
+    reference = predicted(train.y, phi), predicted(held_out.y, phi_held_out)
+    original = predicted(train.y, phi + 2 + excess), predicted(held_out.y, phi_held_out + 2)
+    targets = unseen_targets(task, two_classes, original, reference)
+    np.testing.assert_allclose(targets[task.forget], phi[task.forget] + 2, atol=1e-9)
+    assert np.all(np.isnan(targets[task.retain])), "nothing else has a target"
+
+
+def test_targets_keep_their_order_among_examples_that_are_alike(two_classes):
+    """With a reference that tells nothing, the most certain forget example stays the most certain."""
+    train, held_out, _ = two_classes
+    rng = np.random.default_rng(1)
+    task = Task.of("random:0.1", np.arange(0, 400, 10), 400)
+    c, c_held_out = rng.normal(5, 1, 400), rng.normal(0, 2, 300)
+    reference = predicted(train.y, np.zeros(400)), predicted(held_out.y, np.zeros(300))
+    original = predicted(train.y, c), predicted(held_out.y, c_held_out)
+    targets = unseen_targets(task, two_classes, original, reference)[task.forget]
+    np.testing.assert_array_equal(np.argsort(targets), np.argsort(c[task.forget]))
+    assert c_held_out.min() <= targets.min() < targets.max() <= c_held_out.max()
+
+
+def test_the_targets_of_a_forgotten_class_are_the_references_confidence(two_classes):
+    train, held_out, _ = two_classes
+    task = Task.of("class:1", np.flatnonzero(train.y == 1), 400)
+    phi = np.linspace(-9, 1, 400)
+    reference = predicted(train.y, phi), predicted(held_out.y, np.zeros(300))
+    original = predicted(train.y, np.full(400, 8.0)), predicted(held_out.y, np.full(300, 4.0))
+    targets = unseen_targets(task, two_classes, original, reference)[task.forget]
+    np.testing.assert_allclose(targets, phi[task.forget], atol=1e-9)
+
+
+def test_held_out_examples_like_the_forget_set_are_left_out():
+    """A held-out image counts by the nearest training image of its own label, if there is one."""
+    at = lambda values, labels: images.Examples(np.reshape(values, (-1, 1, 1, 1)), np.array(labels))
+    train = at([0, 10, 100, 5], [0, 0, 0, 1])
+    task = Task.of("subclass:0", np.array([1]), 4)
+    held_out = at([4, 6, 54, 56, 10, 0], [0, 0, 0, 0, 1, 2])
+    np.testing.assert_array_equal(like_retained(task, train, held_out), [0, 3, 4])
 
 
 def test_wrong_labels_are_wrong_and_within_range():
@@ -193,7 +256,7 @@ def test_augmentation_reaches_training_and_unlearning(data, classifier):
     ends = []
     for augmentation in (None, augmented):
         unlearn = make_unlearn(make_unlearner(PEERS["PCGrad"].make, losses, augmented=augmentation))
-        ends.append(unlearn(knobs, trained[0], train, plan, 0).params)
+        ends.append(unlearn(knobs, train, trained[0], plan, 0).params)
     assert not np.allclose(*(jax.tree.leaves(params)[0] for params in ends), atol=1e-4)
 
 
@@ -220,23 +283,32 @@ def test_many_models_in_one_call_are_the_same_models(data, classifier, trainer):
         assert_trees_close(jax.tree.map(lambda leaf, s=seed: leaf[s], many), single, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["SalUn", "SCRUB", "EUPMU lookahead"])
+@pytest.mark.parametrize("method", ["SalUn", "SCRUB", "EUPMU lookahead", "EUPMU budget (unseen)"])
 def test_unlearning_many_at_once_is_unlearning_each(method, data, classifier, trainer):
+    """Each from its own start, in its own batches, told its own baseline and targets."""
     train = on_device(data.train)
     params, _ = trainer.train(train, trainer.plan(np.arange(300), 0), 0)
     peer = PEERS[method]
     knobs = {"learning_rate": 0.003, **{name: float(np.mean(r)) for name, r in peer.knobs.items()}}
-    unlearner = make_unlearner(peer.make, label_losses(classifier.apply), weight_decay=1e-3)
+    losses = label_losses(classifier.apply, peer.forget_loss)
+    unlearner = make_unlearner(peer.make, losses, weight_decay=1e-3)
+    told = [
+        Told({"baseline": 0.2 * i} if peer.is_told_baseline else {}, {"unseen": jnp.full(300, -2.0 * i)})
+        for i in (1, 2)
+    ]
     plans = [make_plan(np.arange(30), np.arange(30, 300), steps=20, batch_size=16, seed=s) for s in (0, 1)]
     unlearn = make_unlearn(unlearner)
     parts = []
-    singles = [unlearn(knobs, params, train, plan, 0, parts.append) for plan in plans]
+    singles = [
+        unlearn(*of_model.to(knobs, train), params, plan, 0, parts.append)
+        for of_model, plan in zip(told, plans, strict=True)
+    ]
     assert sum(parts) == pytest.approx(2)
     assert singles[0].history["retain_loss"].shape == (20,)
     both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
-    stacked = jax.tree.map(lambda *parts: np.stack(parts), *plans)
+    stack = lambda *each: jax.tree.map(lambda *parts: np.stack(parts), *each)
     keys = jax.random.split(jax.random.key(0), 2)
-    many = make_unlearn_many(unlearner)(knobs, both, keys, train, stacked)
+    many = make_unlearn_many(unlearner)(knobs, both, keys, train, stack(*told), stack(*plans))
     for i, single in enumerate(singles):
         assert_trees_close(jax.tree.map(lambda leaf, i=i: leaf[i], many), single.params, atol=1e-5)
     assert not np.allclose(
@@ -402,7 +474,8 @@ def test_a_study_reports_everything_it_should(finished):
     assert len(results["runs"]) == len(runs) + tuning.sum()
     page = (path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 6
-    assert "http" not in page.replace("data:image", ""), "it is read offline"
+    assert "http" not in re.sub('"data:image/png;base64,[^"]*"', "", page), "it is read offline"
+    assert "Targets of the unseen confidence" in page
     for text in (page, (path / "tables.md").read_text()):
         for word in ("U-LiRA", "Relearning", "Hypervolume", "fixed point", "gradients per step", "versions"):
             assert word in text
@@ -412,8 +485,9 @@ def test_a_study_reports_everything_it_should(finished):
 def test_the_likelihood_ratio_attack_knows_original_from_retrain(finished):
     _, path, _ = finished
     records = of_kind(read_records(path / "records.jsonl"), "likelihood ratio")
-    found = {record["key"][2]: record for record in records}
-    assert list(found) == ["Original", "Retrain", *TINY.methods]
+    names = ["Original", "Retrain", *TINY.methods]
+    assert [tuple(record["key"][1:]) for record in records] == [(t, n) for t in TINY.tasks for n in names]
+    found = {record["key"][2]: record for record in records if record["key"][1] == "random:0.1"}
     figures = {name: (record["auc"], record["accuracy"]) for name, record in found.items()}
     assert len(set(figures.values())) == len(figures), "every ensemble is its own"
     assert found["Original"]["auc"] > found["Retrain"]["auc"]
@@ -437,7 +511,7 @@ def test_an_interrupted_study_ends_like_an_uninterrupted_one(finished, tmp_path)
     folder = report.start_run(tmp_path, "classification", TINY, "tiny")
 
     def stop_in_the_middle(what, part):
-        if what.startswith("random:0.1: SalUn"):
+        if what.startswith("random:0.1: EUPMU budget"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

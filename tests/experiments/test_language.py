@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("tokenizers", reason='pip install -e ".[language]"')
 pytest.importorskip("gguf", reason='pip install -e ".[language]"')
 
-from experiments.language import attacks, losses, measures, people, study, texts, tiny
+from experiments.language import attacks, losses, measures, people, seeds, study, texts, tiny
 from experiments.language.measures import Seen
 from experiments.language.texts import Rows
 from experiments.shared.models.llama.files import load, save
@@ -228,12 +228,10 @@ def test_smoke_run_and_resume_after_a_kill(tmp_path):
     assert not (folder / "models" / "request-1").exists()
     load(folder / "models" / "request-2")
     # One seed beside itself is refused, and alone it has its goals and methods.
-    ask = [sys.executable, "-m", "experiments.language.seeds", "--out", str(tmp_path / "seeds.md"), "--runs"]
-    for amount, status in (1, 0), (2, 1):
-        ended = subprocess.run([*ask, *[str(folder)] * amount], capture_output=True, text=True, timeout=60)
-        assert ended.returncode == status, ended.stderr
-    assert "the same seed" in ended.stderr
+    seeds.main(seeds.Config((folder,), tmp_path / "seeds.md"))
     assert f"{study.HEADLINE} meets all goals on" in (tmp_path / "seeds.md").read_text()
+    with pytest.raises(ValueError, match="the same seed"):
+        seeds.main(seeds.Config((folder, folder), tmp_path / "seeds.md"))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 
 import eupmu_jax as eu
 from experiments.shared.labels import LabelledExamples, label_losses
-from experiments.shared.methods.eupmu import eupmu
+from experiments.shared.methods.eupmu import eupmu, eupmu_budget
 from experiments.shared.methods.exact_surgery import exact_surgery
 from experiments.shared.methods.famo import famo
 from experiments.shared.methods.fine_tuning import fine_tuning
@@ -36,6 +36,7 @@ SGD = optax.sgd(RATE)
 FORGET_X, FORGET_Y = np.array([[1.0, -0.5], [0.3, 0.8]]), np.array([0, 1])
 RETAIN_X, RETAIN_Y = np.array([[-0.4, 1.2], [0.9, 0.1]]), np.array([1, 0])
 WRONG = 1 - FORGET_Y
+UNSEEN = np.array([0.4, -2.5])
 
 
 def apply(params, x):
@@ -59,8 +60,8 @@ def flat(params):
 
 
 def batch(progress=0.0):
-    forget = LabelledExamples(FORGET_X, FORGET_Y, WRONG)
-    retain = LabelledExamples(RETAIN_X, RETAIN_Y, 1 - RETAIN_Y)
+    forget = LabelledExamples(FORGET_X, FORGET_Y, WRONG, UNSEEN)
+    retain = LabelledExamples(RETAIN_X, RETAIN_Y, 1 - RETAIN_Y, np.full(2, np.nan))
     share = np.float64(0.5)
     return jax.tree.map(jnp.asarray, Batch(forget, retain, np.float64(progress), share))
 
@@ -180,7 +181,7 @@ def test_scrub_goes_down_on_the_retain_batch_and_up_on_the_forget_batch():
     """With a forget share of a half, every other step goes up."""
     teacher = {"a": jnp.array([-0.2, 0.5]), "b": jnp.array([0.1])}
     temperature, weight = 2.0, 0.5
-    losses = label_losses(apply, temperature)
+    losses = label_losses(apply, temperature=temperature)
     method = scrub(losses, SGD, ascent_share=0.5, distillation_weight=weight)
 
     def distance_grad(theta, x):
@@ -355,13 +356,15 @@ def test_every_peer_runs_with_its_knobs_traced_and_keeps_its_structure(name):
     """One compiled step serves all settings; a scan over it needs the state's types to be stable."""
     peer = PEERS[name]
     # The study's networks and this model have their output bias in different places.
-    own_bias = {"output_bias": the_bias} if name == "GDR-GMA" else {}
+    others = {"output_bias": the_bias} if name == "GDR-GMA" else {}
+    others |= {"baseline": 0.5} if peer.is_told_baseline else {}
+    losses = label_losses(apply, peer.forget_loss)
 
     @jax.jit
     def run(knobs, params):
         rate, *own = knobs
-        settings = dict(zip(peer.knobs, own, strict=True)) | own_bias
-        method = peer.make(LOSSES, optax.sgd(rate), **settings)
+        settings = dict(zip(peer.knobs, own, strict=True)) | others
+        method = peer.make(losses, optax.sgd(rate), **settings)
         state = method.init(params, jax.tree.map(lambda leaf: leaf[None], batch()))
 
         def body(carry, _):
@@ -374,11 +377,32 @@ def test_every_peer_runs_with_its_knobs_traced_and_keeps_its_structure(name):
     ends = []
     for i in (0, 1):
         (params, _), seen = run([jnp.float64(bounds[i]) for bounds in ranges], start())
-        assert seen.keys() == {"forget_loss", "retain_loss", "multiplier"}
+        assert seen.keys() >= {"forget_loss", "retain_loss", "multiplier"}
         assert np.all(np.isfinite(flat(params)))
         ends.append(flat(params))
     assert not np.array_equal(*ends)
     assert run._cache_size() == 1
+
+
+def test_forgetting_to_an_unseen_confidence():
+    """For two classes the confidence is the margin; beyond a nat from its target the slope is constant."""
+    theta = flat(start())
+    sign = np.where(FORGET_Y == 0, 1.0, -1.0)
+    inputs = np.concatenate([FORGET_X, np.ones((2, 1))], 1)
+    away = sign * (inputs @ theta) - UNSEEN
+    assert np.abs(away[0]) < 1 < np.abs(away[1])
+    loss = (away[0] ** 2 / 2 + np.abs(away[1]) - 0.5) / 2
+    g_f = ((np.clip(away, -1, 1) * sign)[:, None] * inputs).mean(0)
+    retain, g_r = retain_loss(theta)
+    method = scalarisation(label_losses(apply, "unseen confidence"), SGD, weight=3.0)
+    check(method, (g_f + 3 * g_r) / 4, forget_loss=loss, retain_loss=retain)
+
+
+def test_a_budget_counts_from_the_baseline_that_it_is_told():
+    """The higher the loss it started from, the less of the budget is spent, and the less it holds back."""
+    at = lambda baseline: stepped(eupmu_budget(LOSSES, SGD, budget=0.1, baseline=baseline), [None] * 5)[2]
+    loss, _ = retain_loss(flat(start()))
+    assert at(loss - 1.0)["multiplier"] > at(loss + 1.0)["multiplier"]
 
 
 def test_eupmu_with_a_utility_for_each_class():

@@ -8,6 +8,7 @@ import pytest
 import eupmu_jax as eu
 from tests.costs import (
     INNER,
+    compile_step,
     cost,
     count,
     eupmu_step,
@@ -47,6 +48,24 @@ def test_flops_and_memory(model, inner):
     got = cost(implicit_step(surgery, tx, losses_fn), params, tx.init(params), batch)
     assert got[0] <= 1.01 * flops
     assert got[1] <= (1.02 if small else 1.06) * memory
+
+
+@pytest.mark.parametrize(
+    ("inner", "limit"), [("sgd", 3.1), pytest.param("adam", 4.1, marks=pytest.mark.slow)]
+)
+def test_bytes_beyond_the_floor(inner, limit):
+    """In passes over the gradient: it is written, read to see that it is finite, and read to be applied.
+
+    With state the updates are written and read once more, for a conditional stands between them and what
+    applies them.
+    """
+    params, losses_fn, batch = mlp(batch_size=64, widths=(784, 1024, 10))
+    inner = (INNER | {"sgd": optax.sgd(0.1)})[inner]
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    read = lambda step, state: compile_step(step, params, state, batch).cost_analysis()["bytes accessed"]
+    tx = eu.eupmu(losses_fn, inner, eu.Tolerance(0.0))
+    more = read(eupmu_step(tx), tx.init(params)) - read(linear_step(losses_fn, inner), inner.init(params))
+    assert more <= limit * size
 
 
 def explicit_step(tx, losses_fn):

@@ -163,10 +163,12 @@ def test_no_more_is_reduced_under_jit_than_by_one_weighted_loss(layout, x64):
 
     plain = reduced(linear, inner.init(params))
     assert plain >= 8 * (FEATURES + 1) * WIDTH, "the gradient"
+    # The sum of each sharded leaf of the gradient, which is not finite where the leaf is not.
+    checked = ("FSDP" in layout) * 8 * len(params)
     once_more = 8 * 3 + ("FSDP" in layout) * 8 * (FEATURES + 1) * WIDTH
     for kind, more in [("lagged", 0), ("implicit", 0), ("lookahead", once_more), ("directional", once_more)]:
         step, init = make_step(kind, losses_fn, 3, None)
-        assert reduced(step, init(params)) <= plain + more, kind
+        assert reduced(step, init(params)) <= plain + more + checked, kind
 
 
 @pytest.mark.parametrize(

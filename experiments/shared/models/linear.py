@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from experiments.shared.models.lora import Adapter, low_rank
 from experiments.shared.models.sharding import MATRICES, gathered
@@ -20,7 +21,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
 
     def __call__(self, x: jax.Array, adapters: Sequence[Adapter]) -> jax.Array:
-        y = x @ gathered(self.weight[...], MATRICES[self.name]).T
+        y = x @ gathered(self.weight[...], MATRICES.get(self.name, P())).T
         if self.bias is not None:
             y = y + self.bias[...]
         return y + low_rank(adapters, self.name, x)

@@ -14,6 +14,8 @@ MATRICES = {
         ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), BY_OUTPUT
     ),
     **dict.fromkeys(("o_proj", "down_proj"), BY_INPUT),
+    # Of diffusion models, a third of each layer; what else they have is small.
+    "modulation": BY_OUTPUT,
 }
 
 

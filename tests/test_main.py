@@ -1,0 +1,21 @@
+"""python -m eupmu_jax says what a bug report needs."""
+
+import importlib.metadata
+
+import jax
+
+from eupmu_jax import __main__, __version__
+
+
+def test_versions_and_devices(capsys):
+    __main__.main()
+    said = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert said["eupmu_jax"] == __version__ == importlib.metadata.version("eupmu_jax")
+    assert said["jax"] == jax.__version__
+    assert said["devices"] == f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def test_an_extra_that_is_missing_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(__main__, "PACKAGES", ("jax", "no-such-package"))
+    __main__.main()
+    assert "no-such-package   not installed" in capsys.readouterr().out
