@@ -51,6 +51,16 @@ class Job(NamedTuple):
     seed: int
 
 
+# Adam's first step moves every weight by the whole rate, before any loss was seen to rise.
+WARM_UP = 4
+"""Steps until the rate is whole."""
+
+
+def optimizer(job: Job) -> optax.GradientTransformation:
+    """Adam, of every method."""
+    return optax.adam(optax.linear_schedule(job.rate / WARM_UP, job.rate, WARM_UP - 1))
+
+
 Seen = dict[str, Any]
 Unlearn = Callable[[Job, Model, Callable[[], None]], tuple[Model, Seen]]
 """(job, model, called after each step) -> the model, and what was seen."""
@@ -72,7 +82,7 @@ def by_constraint(constraint: eu.Tolerance | eu.Budget) -> Unlearn:
     def unlearn(job: Job, model: Model, tell: Callable[[], None]) -> tuple[Model, Seen]:
         model, history = eu.unlearn(
             make_losses(job.config, job.objective), model, job.forget, dict(job.retain),
-            optax.adam(job.rate), constraint, steps=job.steps,
+            optimizer(job), constraint, steps=job.steps,
             batch_size=(len(job.forget.reference), dict(job.sizes)), seed=job.seed, trainable=job.trains,
             callbacks=[told_of_steps(tell)], every=1, held_out=dict(job.held_out),
         )  # fmt: skip
@@ -103,7 +113,7 @@ def by_peer(make: Callable[..., Method], knobs: Callable[[Job], dict[str, float]
         def divergence(reference: Any, base: Any, rows: Any) -> jax.Array:
             raise NotImplementedError("no peer of this study asks for it")
 
-        method = make(LossFunctions(forget, training, divergence), optax.adam(job.rate), **knobs(job))
+        method = make(LossFunctions(forget, training, divergence), optimizer(job), **knobs(job))
         step = jax.jit(method.step, donate_argnums=(0, 1))
         # The first step takes the buffers over.
         base = jax.tree.map(jnp.copy, model["base"])
