@@ -73,7 +73,7 @@ METHODS = {
     "PDU": Method(by_peer(pdu, lambda job: {"bound": job.bound, "dual_rate": 1.0})),
     "GRU (exact surgery)": Method(by_peer(exact_surgery, lambda job: {"demand": 0.0})),
 }
-DEFAULT_METHODS = (HEADLINE, "EUPMU tolerance, lagged", "constant weight", "NPO + retain")
+DEFAULT_METHODS = (HEADLINE, "constant weight", "NPO + retain")
 SMOKE_METHODS = (HEADLINE, "EUPMU budget, LoRA", "GRU (exact surgery)")
 
 
