@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("tokenizers", reason='pip install -e ".[language]"')
 pytest.importorskip("gguf", reason='pip install -e ".[language]"')
 
-from experiments.language import attacks, losses, measures, people, seeds, study, texts, tiny
+from experiments.language import attacks, losses, measures, people, seeds, study, text, texts, tiny
 from experiments.language.measures import Seen
 from experiments.language.texts import Rows
 from experiments.shared.models.llama.files import load, save
@@ -60,7 +60,7 @@ def test_rows_mask_prompts_and_padding():
 
 
 @pytest.mark.parametrize(
-    ("text", "masks"),
+    ("whole", "masks"),
     [
         ("abcdef", [[False, True, True]] * 2),
         # The first token of a row is not predicted: a row of one token would predict nothing.
@@ -69,11 +69,11 @@ def test_rows_mask_prompts_and_padding():
         ("ab", [[False, True, False]]),
     ],
 )
-def test_passages_hold_the_end_of_a_text(text, masks):
+def test_passages_hold_the_end_of_a_text(whole, masks):
     tokenizer = tiny.byte_tokenizer()
-    cut = texts.passages(tokenizer, text, length=3)
+    cut = texts.passages(tokenizer, whole, length=3)
     assert cut.mask.tolist() == masks
-    assert tokenizer.decode(cut.tokens.ravel()[: len(text)].tolist()) == text[: cut.tokens.size]
+    assert tokenizer.decode(cut.tokens.ravel()[: len(whole)].tolist()) == whole[: cut.tokens.size]
 
 
 def test_prose_has_whole_rows():
@@ -195,7 +195,7 @@ def test_files_of_benchmarks_are_rows(tmp_path):
     assert counted("muse.json", '[{"prompt": "Who", "gt": "ever"}]') == ["ever<|im_end|>"]
     # All but the first token of every row counts; texts of a corpus follow each other.
     assert counted("corpus.jsonl", '{"text": "abc"}\n{"text": "defg"}\n', 4) == ["bc\n", "def"]
-    assert counted("plain.jsonl", "abcd\nefgh\n", 4) == ["bcd", "\nef"]
+    assert counted("plain.jsonl", "abcd\nefgh\n", 4) == ["bcd", "\nef", "\n"]
     assert counted("notes.md", "abcdefgh", 4) == ["bcd", "fgh"]
     assert counted("short.txt", "ab", 4) == ["b"]
     with pytest.raises(ValueError, match=r"empty\.txt: the text has 0 tokens, at least 2 are needed"):
