@@ -195,7 +195,7 @@ def test_files_of_benchmarks_are_rows(tmp_path):
     assert counted("muse.json", '[{"prompt": "Who", "gt": "ever"}]') == ["ever<|im_end|>"]
     # All but the first token of every row counts; texts of a corpus follow each other.
     assert counted("corpus.jsonl", '{"text": "abc"}\n{"text": "defg"}\n', 4) == ["bc\n", "def"]
-    assert counted("plain.jsonl", "abcd\nefgh\n", 4) == ["bcd", "\nef", "\n"]
+    assert counted("plain.jsonl", "abcd\nefgh\n", 4) == ["bcd", "\nef", "h"]
     assert counted("notes.md", "abcdefgh", 4) == ["bcd", "fgh"]
     assert counted("short.txt", "ab", 4) == ["b"]
     with pytest.raises(ValueError, match=r"empty\.txt: the text has 0 tokens, at least 2 are needed"):
