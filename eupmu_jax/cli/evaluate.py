@@ -42,6 +42,14 @@ def load_set(path: pathlib.Path, name: str, apply: Any, params: Any) -> dict[str
         check_set(data, name, batch_size=1)
     except ValueError as error:
         raise ValueError(f"--{name} {path}: {error}") from error
+    # A mask may leave such places out.
+    if "mask" not in data and np.issubdtype(data["x"].dtype, np.inexact):
+        finite = np.isfinite(data["x"]).reshape(len(data["x"]), -1).all(1)
+        if not finite.all():
+            raise ValueError(
+                f"--{name} {path}: x holds NaN or infinity in {np.sum(~finite)} of its {len(finite)} rows, of "
+                f"which row {finite.argmin()} is the first: leave these rows out or mask them"
+            )
     try:
         logits = jax.eval_shape(apply, params, data["x"][:1])
     except Exception as error:
