@@ -47,8 +47,8 @@ def load_set(path: pathlib.Path, name: str, apply: Any, params: Any) -> dict[str
         finite = np.isfinite(data["x"]).reshape(len(data["x"]), -1).all(1)
         if not finite.all():
             raise ValueError(
-                f"--{name} {path}: x holds NaN or infinity in {np.sum(~finite)} of its {len(finite)} rows, of "
-                f"which row {finite.argmin()} is the first: leave these rows out or mask them"
+                f"--{name} {path}: x holds NaN or infinity in {np.sum(~finite)} of its {len(finite)} rows, "
+                f"of which row {finite.argmin()} is the first: leave these rows out or mask them"
             )
     try:
         logits = jax.eval_shape(apply, params, data["x"][:1])
