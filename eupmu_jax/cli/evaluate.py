@@ -25,12 +25,31 @@ def load_set(path: pathlib.Path, name: str, apply: Any, params: Any) -> dict[str
     try:
         # Pickled objects could run code.
         with np.load(path, allow_pickle=False) as file:
+            found = list(file)
             data = {key: file[key] for key in ("x", "y", "mask") if key in file}
+    except FileNotFoundError as error:
+        raise ValueError(f"--{name} {path}: there is no such file") from error
     except Exception as error:
-        raise ValueError(f"--{name} {path} is no .npz file of arrays: {error}") from error
+        raise ValueError(
+            f"--{name} {path} is no .npz file of arrays, as numpy.savez(path, x=x, y=y) writes it"
+        ) from error
     if not {"x", "y"} <= data.keys():
-        raise ValueError(f"--{name} {path} must hold arrays x and y, got {sorted(data)}")
-    check_set(data, name, batch_size=1)
+        raise ValueError(f"--{name} {path} must hold arrays x and y, got {sorted(found)}")
+    lengths = {key: len(array) if array.ndim else None for key, array in data.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"--{name} {path}: x, y and mask must have as many rows, got {lengths}")
+    try:
+        check_set(data, name, batch_size=1)
+    except ValueError as error:
+        raise ValueError(f"--{name} {path}: {error}") from error
+    # A mask may leave such places out.
+    if "mask" not in data and np.issubdtype(data["x"].dtype, np.inexact):
+        finite = np.isfinite(data["x"]).reshape(len(data["x"]), -1).all(1)
+        if not finite.all():
+            raise ValueError(
+                f"--{name} {path}: x holds NaN or infinity in {np.sum(~finite)} of its {len(finite)} rows, "
+                f"of which row {finite.argmin()} is the first: leave these rows out or mask them"
+            )
     try:
         logits = jax.eval_shape(apply, params, data["x"][:1])
     except Exception as error:

@@ -94,9 +94,10 @@ def verdict(promise: Promise | None) -> str:
     moved = f"rose by {rise:.3g} of the {budget:.3g} you allowed"
     if rise < 0:
         moved = f"fell by {-rise:.3g}; you allowed a rise of {budget:.3g}"
-    if np.ndim(promise.share) == 0:
+    if np.size(promise.share) == 1:
         return f"The retain loss {moved} {of}."
-    return f"All {len(promise.share)} retain losses kept their budgets; number {worst + 1} {moved} {of}."
+    nearest = f"number {worst + 1}, the nearest to its budget, {moved}"
+    return f"All {np.size(promise.share)} retain losses kept their budgets; {nearest} {of}."
 
 
 class Retained(NamedTuple):

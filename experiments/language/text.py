@@ -74,6 +74,9 @@ def pairs(option: str, values: tuple[str, ...]) -> dict[str, str]:
     split = [value.partition("=") for value in values]
     if wrong := [name for name, equals, value in split if not (name and equals and value)]:
         raise ValueError(f"--{option} takes NAME=VALUE, got {wrong[0]}")
+    names = [name for name, _, _ in split]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--{option} names {twice[0]} twice: each needs a name of its own")
     return {name: value for name, _, value in split}
 
 
@@ -82,20 +85,29 @@ def budgets(config: Config, names: list[str]) -> eu.Budget:
     said = pairs("budget", config.budget)
     if unknown := sorted(said.keys() - set(names)):
         raise ValueError(f"--budget {unknown[0]}: there is no --keep of that name")
+    for name, nats in said.items():
+        try:
+            float(nats)
+        except ValueError as error:
+            raise ValueError(f"--budget {name}={nats}: a number of nats is needed") from error
     return eu.Budget(np.array([float(said.get(name, 0.1)) for name in sorted(names)], np.float32))
 
 
 def main(config: Config) -> None:
     if config.out.exists() and any(config.out.iterdir()):
         raise FileExistsError(f"{config.out}: there are files in it, which are not overwritten")
+    kept = pairs("keep", config.keep)
+    constraint = budgets(config, list(kept))
+    for option, path in ("forget", config.forget), *(("keep", path) for path in kept.values()):
+        if not pathlib.Path(path).is_file():
+            raise FileNotFoundError(f"--{option} {path}: there is no such file")
     source = config.model or model_path()
     # In bfloat16, in which most files are, a weight of 0.02 swallows a step of 5e-5.
     shape, base = load(source, jnp.float32)
     tokenizer = load_tokenizer(source)
     read = lambda path: of_file(tokenizer, pathlib.Path(path), config.length)
     forget = read(config.forget)
-    texts = {name: read(path) for name, path in pairs("keep", config.keep).items()}
-    constraint = budgets(config, list(texts))
+    texts = {name: read(path) for name, path in kept.items()}
     apart = {name: np.arange(len(rows.mask)) % APART == APART - 1 for name, rows in texts.items()}
     retain = {name: rows.taken(~apart[name]) for name, rows in texts.items()}
     held_out = {name: rows.taken(apart[name]) for name, rows in texts.items()}

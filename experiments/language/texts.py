@@ -90,12 +90,16 @@ def answers(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]], length: int 
 
 
 def passages(tokenizer: Tokenizer, text: str, length: int) -> Rows:
-    """The text cut into rows, in which all but the first token count; what is left at the end is dropped."""
+    """The text cut into rows, in which all but the first token count; the last one is padded."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    if len(ids) < length:
-        raise ValueError(f"the text has {len(ids)} tokens, at least {length} are needed")
-    tokens = np.array(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
-    return Rows(tokens, np.broadcast_to(np.arange(length) > 0, tokens.shape).copy())
+    if len(ids) < 2:
+        raise ValueError(f"the text has {len(ids)} tokens, at least 2 are needed")
+    # The first token of a row does not count, so that a row of one token is none.
+    count = (len(ids) - 2) // length + 1
+    place = np.arange(count * length).reshape(count, length)
+    tokens = np.zeros(count * length, np.int32)
+    tokens[: len(ids)] = ids[: len(tokens)]
+    return Rows(tokens.reshape(count, length), (place % length > 0) & (place < len(ids)))
 
 
 def of_file(tokenizer: Tokenizer, path: pathlib.Path, length: int) -> Rows:
@@ -121,6 +125,7 @@ def prose(tokenizer: Tokenizer, names: Iterable[str], amount: int, length: int) 
     """So many rows of the language reference, as many from each of its topics."""
     names = tuple(names)
     parts = [passages(tokenizer, unwrapped(topics[name]), length) for name in names]
+    parts = [part.taken(part.mask[:, -1]) for part in parts]  # without padded rows
     share = -(-amount // len(parts))
     return joined(part.taken(slice(share)) for part in parts).taken(slice(amount))
 

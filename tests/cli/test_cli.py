@@ -379,3 +379,30 @@ def test_bad_commands_end_in_words(files, tmp_path, capsys):
             wrong.append(f"{command}: accepted")
         capsys.readouterr()
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_set_that_cannot_be_read_is_named_with_its_option(files, tmp_path):
+    (text := tmp_path / "text.npz").write_text("hello")
+    np.savez(shorter := tmp_path / "shorter.npz", **ROWS | {"x": X[:19]})
+    np.savez(empty := tmp_path / "empty.npz", x=X[:0], y=Y[:0])
+    np.savez(
+        broken := tmp_path / "broken.npz", **ROWS | {"x": np.where(np.arange(20) == 7, np.nan, X[:20].T).T}
+    )
+    np.savez(unnamed := tmp_path / "unnamed.npz", X[:20], Y[:20])
+    for path, message in {
+        tmp_path / "gone.npz": "there is no such file",
+        text: "is no .npz file of arrays, as numpy.savez(path, x=x, y=y) writes it",
+        shorter: "x, y and mask must have as many rows, got {'x': 19, 'y': 20}",
+        empty: "forget is empty: there is nothing to forget",
+        broken: "x holds NaN or infinity in 1 of its 20 rows, of which row 7 is the first",
+        unnamed: "must hold arrays x and y, got ['arr_0', 'arr_1']",
+    }.items():
+        model, retain = f"--model={files / 'model'}", f"--retain={files / 'retain.npz'}"
+        for command in (
+            arguments(files, tmp_path / "run", forget=path),
+            ["evaluate", model, retain, f"--forget={path}"],
+        ):
+            with pytest.raises(SystemExit) as error:
+                main(command)
+            assert str(error.value).startswith(f"error: --forget {path}")
+            assert message in str(error.value)

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("tokenizers", reason='pip install -e ".[language]"')
 pytest.importorskip("gguf", reason='pip install -e ".[language]"')
 
-from experiments.language import attacks, losses, measures, people, seeds, study, texts, tiny
+from experiments.language import attacks, losses, measures, people, seeds, study, text, texts, tiny
 from experiments.language.measures import Seen
 from experiments.language.texts import Rows
 from experiments.shared.models.llama.files import load, save
@@ -57,9 +57,28 @@ def test_rows_mask_prompts_and_padding():
     with pytest.raises(ValueError, match="at most 3 fit"):
         texts.answers(tokenizer, [("ab", "cd")], length=3)
     assert texts.answers(tokenizer, [("ab", "cd"), ("a", "b")]).tokens.shape == (2, 4)
-    cut = texts.passages(tokenizer, "abcdefg", length=3)
-    assert tokenizer.decode(cut.tokens.ravel().tolist()) == "abcdef"
-    assert cut.mask.tolist() == [[False, True, True]] * 2
+
+
+@pytest.mark.parametrize(
+    ("whole", "masks"),
+    [
+        ("abcdef", [[False, True, True]] * 2),
+        # The first token of a row is not predicted: a row of one token would predict nothing.
+        ("abcdefg", [[False, True, True]] * 2),
+        ("abcdefgh", [[False, True, True]] * 2 + [[False, True, False]]),
+        ("ab", [[False, True, False]]),
+    ],
+)
+def test_passages_hold_the_end_of_a_text(whole, masks):
+    tokenizer = tiny.byte_tokenizer()
+    cut = texts.passages(tokenizer, whole, length=3)
+    assert cut.mask.tolist() == masks
+    assert tokenizer.decode(cut.tokens.ravel()[: len(whole)].tolist()) == whole[: cut.tokens.size]
+
+
+def test_prose_has_whole_rows():
+    rows = texts.prose(tiny.byte_tokenizer(), texts.TOPICS, amount=2000, length=60)
+    assert rows.mask[:, 1:].all()
 
 
 def test_trained_and_held_out_texts_share_no_row():
@@ -176,14 +195,30 @@ def test_files_of_benchmarks_are_rows(tmp_path):
     assert counted("muse.json", '[{"prompt": "Who", "gt": "ever"}]') == ["ever<|im_end|>"]
     # All but the first token of every row counts; texts of a corpus follow each other.
     assert counted("corpus.jsonl", '{"text": "abc"}\n{"text": "defg"}\n', 4) == ["bc\n", "def"]
-    assert counted("plain.jsonl", "abcd\nefgh\n", 4) == ["bcd", "\nef"]
+    assert counted("plain.jsonl", "abcd\nefgh\n", 4) == ["bcd", "\nef", "h"]
     assert counted("notes.md", "abcdefgh", 4) == ["bcd", "fgh"]
-    with pytest.raises(ValueError, match=r"short\.txt: the text has 2 tokens.*--length"):
-        counted("short.txt", "ab", 4)
+    assert counted("short.txt", "ab", 4) == ["b"]
+    with pytest.raises(ValueError, match=r"empty\.txt: the text has 0 tokens, at least 2 are needed"):
+        counted("empty.txt", "", 4)
     with pytest.raises(ValueError, match=r"tofu\.json: \d+ tokens, at most 8 fit: .*--length"):
         counted("tofu.json", asked, 8)
     with pytest.raises(ValueError, match=r"line 1: the field 'answer' must be a text, got 1"):
         counted("wmdp.json", '{"question": "Who?", "choices": ["a", "b"], "answer": 1}')
+
+
+def test_wrong_arguments_of_a_text_are_named_before_the_model_is_read(tmp_path):
+    (there := tmp_path / "there.txt").write_text("a text")
+
+    def error_of(match, forget=there, keep=(f"prose={there}",), budget=()):
+        with pytest.raises((ValueError, OSError), match=match):
+            text.main(text.Config(forget, keep, tmp_path / "out", budget, model=tmp_path / "no model"))
+
+    error_of(r"--forget .*gone\.txt: there is no such file", forget=tmp_path / "gone.txt")
+    error_of(r"--keep .*gone\.txt: there is no such file", keep=(f"prose={tmp_path / 'gone.txt'}",))
+    error_of("--keep takes NAME=VALUE, got there.txt", keep=("there.txt",))
+    error_of("--keep names prose twice", keep=(f"prose={there}", f"prose={there}"))
+    error_of("--budget prose=little: a number of nats", budget=("prose=little",))
+    error_of("--budget chat: there is no --keep", budget=("chat=0.1",))
 
 
 SMOKE = [sys.executable, "-m", "experiments.language"]

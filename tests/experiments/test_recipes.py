@@ -36,8 +36,10 @@ def test_commands_parse(module, kind):
 def test_defaults_are_those_that_are_told():
     config = text.Config(pathlib.Path("a"), ("b=c",), pathlib.Path("d"))
     assert (config.length, config.batch_size, config.rate, config.steps) == (64, 2, 5e-5, 40)
-    assert f"rows of {config.length} tokens" in PAGE
-    assert f"rate 5e-5\n(`--rate`), for {config.steps} steps" in PAGE
+    told = " ".join(PAGE.split())
+    assert f"rows of {config.length} tokens" in told
+    assert f"rate 5e-5 (`--rate`), for {config.steps} steps" in told
+    assert f"The forget loss is {config.objective} (`--objective`)" in told
 
 
 def test_gemma_is_refused_as_told():
