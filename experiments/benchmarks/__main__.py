@@ -59,7 +59,9 @@ def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
                 if ("growth", name, value) not in records.by_key:
                     records.get(("growth", name, value), point)
                     progress(f"{value:g} {name}", 1)
-        sections = report.write_report(path, records.by_key, read_origin(path))
+        origin = read_origin(path)
+        del origin["config"]["runs_dir"]  # a place on this machine, and no part of the results
+        sections = report.write_report(path, records.by_key, origin)
         console.print(sections[0].parts[0], highlight=False)
         console.print(tables_of(sections[0])[0].to_markdown(), highlight=False)
     return path
