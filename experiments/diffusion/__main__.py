@@ -42,8 +42,9 @@ class Config:
     --smoke (digits or emoji, a tiny network) under 2 min.
     """
 
-    task: Literal["both", "digits", "fashion-mnist", "fashion-mnist-shirt", "emoji"] = "both"
-    """What is drawn: digits without an 8, Fashion-MNIST without trousers, or without shirts; emoji."""
+    task: Literal["both", "digits", "fashion-mnist", "fashion-mnist-shirt", "cifar10", "emoji"] = "both"
+    """What is drawn: digits without an 8, Fashion-MNIST without trousers, or without shirts; emoji.
+    CIFAR-10 without airplanes, from --data-dir, is for an accelerator."""
 
     methods: tuple[str, ...] = ()
     """Names of those that run, as in the tables; all when there is none. Not for emoji."""
@@ -58,7 +59,7 @@ class Config:
     """Of what is trained, of all batches and of all samples."""
 
     data_dir: pathlib.Path | None = None
-    """The folder of Fashion-MNIST, where it has no place of its own."""
+    """The folder of CIFAR-10, and of Fashion-MNIST where it has no place of its own."""
 
     runs_dir: pathlib.Path = pathlib.Path("runs")
     """Where the run's folder is made."""

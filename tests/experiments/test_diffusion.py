@@ -1,6 +1,7 @@
 """The study of diffusion models: concepts, losses against NumPy, the judge, measures, whole runs."""
 
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from experiments.diffusion import (
 from experiments.diffusion.judge import Seen
 from experiments.diffusion.tasks import Concept
 from experiments.shared.models.diffusion import training
-from experiments.shared.models.diffusion.network import Network
+from experiments.shared.models.diffusion.network import Network, make_network
 from experiments.shared.models.diffusion.training import Pictures
 from experiments.shared.models.files import save_params
 from experiments.shared.models.lora import low_rank
@@ -79,6 +80,27 @@ def test_a_concept_is_one_value_of_one_attribute():
 
 
 TASK = tasks.load_task("digits", smoke=True)
+
+
+def test_cifar10_from_its_folder(tmp_path):
+    """A few pictures in its files: the full network is shaped by them, and the smoke one draws."""
+    rng = np.random.default_rng(0)
+    for name in ("data_batch_1", "test_batch"):
+        batch = {b"data": rng.integers(0, 256, (20, 3072)).astype(np.uint8), b"labels": [0, 1] * 10}
+        (tmp_path / name).write_bytes(pickle.dumps(batch))
+    task = tasks.load_task("cifar10", smoke=False, data_dir=tmp_path)
+    network = make_network(task.make)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((2, *task.train.x.shape[1:]), jnp.float32)
+    labels = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    asked = jax.eval_shape(network.embed, params, labels)
+    t = jax.ShapeDtypeStruct((2,), jnp.float32)
+    assert jax.eval_shape(network.predict, params, x, t, asked).shape == x.shape == (2, 32, 32, 3)
+    small = tasks.load_task("cifar10", smoke=True, data_dir=tmp_path)
+    assert small.train.x.shape == (20, 32, 32, 3)
+    assert small.concepts[0].asked_for(small.train.labels).sum() == 10
+    with pytest.raises(ValueError, match="--data-dir"):
+        tasks.load_task("cifar10", smoke=False)
 
 
 def test_no_picture_to_forget_is_retained():
