@@ -139,17 +139,21 @@ GENTLE = {
 @pytest.mark.parametrize(
     ("name", "utilities", "dtype", "error"),
     slow_unless(
-        [("tolerance", 3, jnp.float32, 1e-7), ("budget", 1, jnp.float64, 1e-12)],
+        [("tolerance", 3, jnp.float32, 1e-7), ("budget", 1, jnp.float64, 1e-9)],
         [
             (name, k, *sums)
             for name in GENTLE
             for k in (1, 3)
-            for sums in ((jnp.float32, 1e-7), (jnp.float64, 1e-12))
+            for sums in ((jnp.float32, 1e-7), (jnp.float64, 1e-9))
         ],
     ),
 )
 def test_multisteps_of_micro_batches_is_the_undivided_batch(name, utilities, dtype, error, x64):
-    """It sums gradients in float32, if nothing else is said, and here the losses are among them."""
+    """It sums gradients in float32, if nothing else is said, and here the losses are among them.
+
+    In float64 the multiplier still is a float32. Where rounding tips its last bit, here 2e-10 of 0.003, the
+    weights of that step differ as much. Whether it does depends on the compiler.
+    """
     large, params, batch = problem(utilities, plain=True)
     losses_fn = lambda params, batch: jax.tree.map(lambda loss: loss / 10, large(params, batch))
     settings = {"initial_multiplier": first_multiplier(utilities)}
