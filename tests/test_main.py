@@ -1,14 +1,17 @@
-"""python -m eupmu_jax says what a bug report needs."""
+"""python -m eupmu_jax, and eupmu --version, say what a bug report needs."""
 
 import importlib.metadata
 
 import jax
+import pytest
 
 from eupmu_jax import __main__, __version__
+from eupmu_jax.cli.main import main as eupmu
 
 
-def test_versions_and_devices(capsys):
-    __main__.main()
+@pytest.mark.parametrize("command", [__main__.main, lambda: eupmu(["--version"])])
+def test_versions_and_devices(command, capsys):
+    command()
     said = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert said["eupmu_jax"] == __version__ == importlib.metadata.version("eupmu_jax")
     assert said["jax"] == jax.__version__

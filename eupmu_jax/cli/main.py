@@ -1,6 +1,11 @@
-"""The command line: eupmu unlearn, evaluate and report, for a model that `export_model` has written."""
+"""The command line: eupmu unlearn, evaluate and report, for a model that `export_model` has written.
+
+eupmu --version tells the versions and the devices that are here.
+"""
 
 import sys
+
+from eupmu_jax import __main__ as here
 
 # The exit status of a run whose budget could be kept by returning the original model only.
 BROKEN_PROMISE = 3
@@ -8,6 +13,9 @@ BROKEN_PROMISE = 3
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; ends the process with 1 and one line on stderr where it cannot be done."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given == ["--version"]:
+        return here.main()
     try:
         # Not above: without the extra the command should say what is missing.
         import tyro
@@ -17,8 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
         from eupmu_jax.cli.evaluate import run_evaluate
         from eupmu_jax.cli.unlearn import run_unlearn
 
-        given = with_settings(sys.argv[1:] if arguments is None else arguments)
-        config = tyro.cli(Command, prog="eupmu", args=given, description=__doc__)  # pyright: ignore[reportCallIssue,reportArgumentType]
+        config = tyro.cli(Command, prog="eupmu", args=with_settings(given), description=__doc__)  # pyright: ignore[reportCallIssue,reportArgumentType]
         if isinstance(config, Unlearn):
             if not run_unlearn(config):
                 sys.exit(BROKEN_PROMISE)
