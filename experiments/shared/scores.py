@@ -42,7 +42,11 @@ def full_scores(
         return scores | {"diverged": True}
     forget, retain, of_test = ((p, y) for p, y, _ in parts.values())
     attack = evaluation.membership_attack(forget, retain, of_test, features)
-    divergences = {f"KL {name}": evaluation.kl_divergence(q, p) for name, (p, _, q) in parts.items()}
+    # A softmax that is 0 in float32 rules nothing out.
+    possible = lambda p: np.maximum(p, np.finfo(np.float32).tiny)
+    divergences = {
+        f"KL {name}": evaluation.kl_divergence(q, possible(p)) for name, (p, _, q) in parts.items()
+    }
     of_class = lambda label: evaluation.accuracy(outputs.test[test.y == label], test.y[test.y == label])
     return {
         **scores,

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,8 @@ from experiments.shared.models.classifier import MLP, MODELS, make_classifier
 from experiments.shared.models.resnet import ResNet
 from experiments.shared.peers import PEERS
 from experiments.shared.records import of_kind, open_records, read_records
-from experiments.shared.testbed import make_testbed
+from experiments.shared.scores import full_scores
+from experiments.shared.testbed import Outputs, make_testbed
 from experiments.shared.training import Recipe, augment, augmented, batch_rows, make_trainer
 from experiments.shared.unseen import like_retained, unseen_targets
 
@@ -344,6 +346,15 @@ def test_settings_to_try_fill_their_ranges(name):
         values = np.array([one[knob] for one in settings])
         assert np.all((values >= low * 0.999) & (values <= high * 1.001))
         assert np.sum(values < np.sqrt(low * high)) in (5, 6, 7), "log-uniform"
+
+
+def test_a_softmax_that_is_zero_in_float32_leaves_the_divergence_finite(data):
+    certain = [np.eye(10, dtype=np.float32)[(part.y + 1) % 10] for part in data]
+    right = [np.eye(10, dtype=np.float32)[part.y] for part in data]
+    task = Task.of("random:0.1", np.arange(30), 300)
+    scores = full_scores(SimpleNamespace(data=data), task, Outputs(*certain), Outputs(*right), ["confidence"])
+    expected = -np.log(np.finfo(np.float32).tiny)
+    np.testing.assert_allclose([scores[f"KL {name}"] for name in ("forget", "retain", "test")], expected)
 
 
 def test_blind_score_by_hand():
