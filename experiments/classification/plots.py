@@ -65,6 +65,25 @@ def plot_front(path: pathlib.Path, runs: Frame, trials: Frame, looks: Looks, col
     save(figure, path, legend=6)
 
 
+def plot_attack(path: pathlib.Path, attacked: Frame, runs: Frame, looks: Looks) -> None:
+    """Gap and the likelihood-ratio attack's AUC of every method, a panel for each task."""
+    tasks = list(attacked["task"].unique())
+    gaps = runs.pivot_table(index="method", columns="task", values="gap", sort=False)
+    figure, axes = grid(len(tasks), 3, 5.6, 4.0)
+    for axis, task in zip(axes, tasks, strict=True):
+        found = attacked[attacked["task"] == task].set_index("method")["auc"]
+        for method in [method for method in looks if method in found]:
+            size = {"s": 320, "zorder": 6} if method == RETRAIN else {"s": 75, "zorder": 4}
+            mark = looks[method].mark
+            axis.scatter(
+                gaps.loc[method, task], found[method], label=method, edgecolors="white", **size, **mark
+            )
+        axis.set(title=f"forget {task}", xlabel="gap to Retrain (points)", ylabel="AUC of the attack")
+        axis.set_ylim(min(0.45, found.min() - 0.03), 1.03)
+        axis.grid(alpha=0.3)
+    save(figure, path, legend=6)
+
+
 def plot_histories(path: pathlib.Path, records: RecordsByKey, looks: Looks) -> None:
     """Multiplier and losses along the first run of every method that has both, a row for each task."""
     first = {}

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pandas as pd
 
-from experiments.classification.plots import hypervolume, plot_costs
+from experiments.classification.plots import hypervolume, plot_attack, plot_costs
 from experiments.classification.tables import (
     MAIN,
     Results,
@@ -35,7 +35,7 @@ def write_report(title: str, path: pathlib.Path, testbed: Testbed) -> list[Secti
         front.parts.extend(trial_tables(results.all_runs[of_tuning], trials))
     sections = [overview(results), *tables, front, *curve_sections(path, results), *more_tables(results)]
     sections += [
-        *attack_section(results.records),
+        *attack_section(path, results),
         *targets_section(results.records),
         *cost_section(path, results),
         *fixed_point_section(results),
@@ -88,9 +88,9 @@ ATTACK = {
 """Figures of the likelihood-ratio attack: title, decimals, and what each says."""
 
 
-def attack_section(records: RecordsByKey) -> list[Section]:
+def attack_section(path: pathlib.Path, results: Results) -> list[Section]:
     """The likelihood-ratio attack, if there was one: a table for each figure, a column for each task."""
-    attacked = of_kind(records, "likelihood ratio")
+    attacked = of_kind(results.records, "likelihood ratio")
     if not attacked:
         return []
     found = pd.DataFrame(
@@ -106,6 +106,8 @@ def attack_section(records: RecordsByKey) -> list[Section]:
         table["mean"] = table.mean(axis=1, skipna=False)
         shown = table.map(lambda value, d=digits: "-" if np.isnan(value) else f"{value:.{d}f}")
         parts.extend([f"{title}: {meaning}.", shown])
+    plot_attack(path / "attack.png", found, results.runs, results.looks)
+    parts.insert(1, Picture("attack.png"))
     return [Section("Likelihood-ratio attack (U-LiRA)", parts)]
 
 
