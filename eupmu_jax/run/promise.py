@@ -1,6 +1,6 @@
 """What a budget promised and what came of it: measured on the whole retain set, and repaired."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -65,14 +65,18 @@ class Promise(NamedTuple):
     way: float = 1.0
 
 
-def verdict(promise: Promise | None) -> str:
+def verdict(promise: Promise | None, names: Sequence[str] = ()) -> str:
     """What was promised and what was spent, in a sentence.
 
     Args:
       promise: of a `History`.
+      names: of its utilities, in their order; without them they have numbers.
 
     Returns:
       The sentence; for None, that nothing was measured and why.
+
+    Raises:
+      ValueError: not as many names as utilities.
 
     Example:
       >>> import eupmu_jax as eu
@@ -96,7 +100,10 @@ def verdict(promise: Promise | None) -> str:
         moved = f"fell by {-rise:.3g}; you allowed a rise of {budget:.3g}"
     if np.size(promise.share) == 1:
         return f"The retain loss {moved} {of}."
-    nearest = f"number {worst + 1}, the nearest to its budget, {moved}"
+    numbers = [f"number {i + 1}" for i in range(np.size(promise.share))]
+    if names and len(names) != len(numbers):
+        raise ValueError(f"names: {len(names)} for {len(numbers)} utilities, got {list(names)}")
+    nearest = f"{(names or numbers)[worst]}, the nearest to its budget, {moved}"
     return f"All {np.size(promise.share)} retain losses kept their budgets; {nearest} {of}."
 
 

@@ -310,7 +310,7 @@ def unlearned(bench: Bench, name: str, before: Record) -> Record:
     record = {key: of(key) for key in ("forget_loss", "retain_loss", "multiplier")} | spent
     if promise := seen.get("promise"):
         record["promise"] = {key: np.asarray(value).tolist() for key, value in promise.items()}
-        record["verdict"] = eu.verdict(eu.Promise(**promise))
+        record["verdict"] = eu.verdict(eu.Promise(**promise), list(BUDGETS))
     return record
 
 

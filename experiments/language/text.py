@@ -136,7 +136,7 @@ def main(config: Config) -> None:
         unseen = zip(sorted(texts), promise.held_out_rise, promise.held_out_bound, strict=True)
         for name, rise, bound in unseen:
             console.print(f"{name}, rows kept apart: {rise:+.3f} nats per token, at most {bound:+.3f} (95%)")
-    console.print(f"{eu.verdict(promise)}\nThe model: {config.out}")
+    console.print(f"{eu.verdict(promise, sorted(texts))}\nThe model: {config.out}")
     if not promise.holds:
         sys.exit(BROKEN_PROMISE)
 

@@ -170,6 +170,10 @@ def test_a_budget_for_each_utility():
     worst = 1 + int(np.argmax(promise.share))
     nearest = f"All 2 retain losses kept their budgets; number {worst}, the nearest to its budget, rose by"
     assert nearest in eu.verdict(promise)
+    named = "; chat, the nearest to its budget, rose by"
+    assert named in eu.verdict(promise, ["chat" if i == worst - 1 else "code" for i in range(2)])
+    with pytest.raises(ValueError, match="names: 1 for 2 utilities"):
+        eu.verdict(promise, ["chat"])
     # One utility of shape [1] is spoken of as a scalar is.
     alone = promise._replace(
         **{name: getattr(promise, name)[:1] for name in ("baseline", "budget", "rise", "share")}
