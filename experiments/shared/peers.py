@@ -99,7 +99,7 @@ PEERS: dict[str, Peer] = {
     "PDU": Peer(pdu, (3e-4, 3e-2), {"bound": (1e-2, 0.5), "dual_rate": (1e-2, 1)}),
     "NGDiff": Peer(ngdiff, (1e-5, 1e-2)),
     "TorchJD UPGrad": Peer(upgrad, (3e-4, 3e-2), {"weight": (0.5, 50)}, package="torchjd"),
-    "TorchJD PCD": Peer(pcd, (3e-4, 3e-2), {"tau": (3e-3, 0.3)}, package="torchjd"),
+    "TorchJD PCD": Peer(pcd, (3e-4, 3e-2), {"tau": (3e-2, 1)}, package="torchjd"),
     "EUPMU lookahead": eupmu_peer((1e-3, 1e-1), (3e-3, 0.3), measure="lookahead"),
     "EUPMU lagged": eupmu_peer((1e-3, 1e-1), (3e-3, 0.3), measure="lagged"),
     "EUPMU directional": eupmu_peer((1e-3, 1e-1), (0.1, 10), measure="directional"),
