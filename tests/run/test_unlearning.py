@@ -542,7 +542,7 @@ np.savez(sys.argv[2], **params, **history.steps, best=history.best_step)
 
 @pytest.mark.slow
 def test_killed_at_any_moment(tmp_path):
-    """Twenty SIGKILLs, at random moments and while a checkpoint is written, change no bit of the end."""
+    """Ten SIGKILLs, at random moments and while a checkpoint is written, change no bit of the end."""
     environment = os.environ | {
         "PYTHONPATH": f"{pathlib.Path(__file__).parent}:{pathlib.Path(__file__).parents[2]}"
     }
@@ -552,7 +552,7 @@ def test_killed_at_any_moment(tmp_path):
     saved = lambda: {path.name for path in (tmp_path / "killed" / "checkpoints").glob("*")}
     moments = random.Random(0)
     kills = 0
-    while kills < 20:
+    while kills < 10:
         process, before = start("killed"), saved()
         while process.poll() is None and saved() == before:
             time.sleep(0.001)
