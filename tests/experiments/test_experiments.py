@@ -502,7 +502,7 @@ def test_a_study_reports_everything_it_should(finished):
     results = json.loads((path / "results.json").read_text())
     assert len(results["runs"]) == len(runs) + tuning.sum()
     page = (path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 6
+    assert page.count("data:image/png;base64,") == 7
     assert "http" not in re.sub('"data:image/png;base64,[^"]*"', "", page), "it is read offline"
     assert "Targets of the unseen confidence" in page
     for text in (page, (path / "tables.md").read_text()):
