@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import eupmu_jax as eu
 from tests import processes
+from tests.representatives import one_or_three
 
 STEPS, ROWS, FEATURES, WIDTH = 12, 32, 5, 8
 KINDS = ["lookahead", "lagged", "directional", "implicit", "explicit", "lagrangian"]
@@ -25,13 +26,8 @@ JIT_LAYOUTS = ["jit", "jit, FSDP", "jit, Explicit axes"]
 AXIS_LAYOUTS = ["shard_map", "shard_map, check_vma=False", "pmap"]
 LAYOUTS = JIT_LAYOUTS + AXIS_LAYOUTS
 PROCESS_LAYOUTS = ["jit", "jit, FSDP", "shard_map"]
-# Each kind on each layout, and with one utility and with three on some.
 PROCESS_CASES = [
-    *(
-        (layout, kind, 1 + 2 * ((i + j) % 2))
-        for i, layout in enumerate(PROCESS_LAYOUTS)
-        for j, kind in enumerate(KINDS)
-    ),
+    *one_or_three(PROCESS_LAYOUTS, KINDS),
     ("training_step", "lookahead", 3),
     ("training_step, FSDP", "lagged", 1),
 ]

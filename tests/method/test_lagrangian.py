@@ -12,7 +12,7 @@ import pytest
 
 import eupmu_jax as eu
 from tests.parity import problem
-from tests.representatives import slow_unless
+from tests.representatives import one_or_three, slow_unless
 
 STEPS = 40
 CLIPPED = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.05, momentum=0.9))
@@ -100,7 +100,7 @@ def both(losses_fn, params, constraint, inner, multiplier, batches):
             ("budget", "clipped momentum", 1),
             ("measured budget", "adamw", 3),
         ],
-        [(name, inner, k) for name in constraints(1) for inner in INNERS for k in (1, 3)],
+        one_or_three(list(constraints(1)), list(INNERS)),
     ),
 )
 def test_equals_implicit_surgery_step_for_step(name, inner, utilities, x64):

@@ -3,12 +3,12 @@
 import pytest
 
 from tests.lagrangian_parity import SETTINGS
-from tests.representatives import slow_unless
+from tests.representatives import one_or_three, slow_unless
 
 
 @pytest.mark.parametrize(
     ("setting", "utilities"),
-    slow_unless([("NNX module", 3)], [(setting, k) for setting in SETTINGS for k in (1, 3)]),
+    slow_unless([("NNX module", 3)], one_or_three(list(SETTINGS))),
 )
 def test_equals_implicit_surgery(setting, utilities, x64):
     # optax.MultiSteps sums in float32 unless told otherwise.

@@ -32,7 +32,7 @@ from tests.parity import (
     problem,
     run,
 )
-from tests.representatives import slow_unless
+from tests.representatives import one_or_three, slow_unless
 
 # All kinds where the layouts differ most, and where the code does: with and without tracked axes, K or none.
 FAST = [
@@ -45,7 +45,7 @@ FAST = [
 
 @pytest.mark.parametrize(
     ("layout", "kind", "utilities"),
-    slow_unless(FAST, [(layout, kind, k) for layout in LAYOUTS for kind in KINDS for k in (1, 3)]),
+    slow_unless(FAST, one_or_three(LAYOUTS, KINDS)),
 )
 def test_same_answer_on_eight_devices(layout, kind, utilities, x64):
     losses_fn, params, batch = problem(utilities)
