@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -106,7 +107,8 @@ def saved_config(path: pathlib.Path, study: str) -> dict[str, Any]:
 
 def note_session(path: pathlib.Path) -> None:
     """Adds what runs now, and on what, to the run's origin if it is not what ran last."""
-    origin, now = read_origin(path), dict(provenance("scipy", "scikit-learn"))
+    of_peers = [package for package in ("torch", "torchjd") if find_spec(package)]
+    origin, now = read_origin(path), dict(provenance("scipy", "scikit-learn", *of_peers))
     if [one | {"date": None} for one in origin["sessions"][-1:]] != [now | {"date": None}]:
         write_origin(path, origin | {"sessions": [*origin["sessions"], now]})
 
