@@ -148,7 +148,7 @@ FASHION_MNIST = Config(
     shadows=16,
 )
 
-# What a network with convolutions can be compared on in an hour of two cores.
+# What a network with convolutions can be compared on in 100 minutes of two cores.
 FASHION_MNIST_RESNET = dataclasses.replace(
     FASHION_MNIST,
     model="resnet8",
