@@ -241,13 +241,15 @@ def grid(count: int, columns: int, width: float, height: float) -> tuple[Figure,
 
 
 def save(figure: Figure, path: pathlib.Path, legend: int = 0) -> None:
-    """Writes the picture, with one legend for all axes in `legend` columns below them."""
+    """Writes the picture; one legend for all axes lies below, in `legend` columns or as many as fit."""
     if legend:
         named = {}
         for axis in figure.axes:
             handles, labels = axis.get_legend_handles_labels()
             named |= dict(zip(labels, handles, strict=True))
-        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=legend)
+        # A name is a line and 15 to 25 letters wide, which is about two inches.
+        columns = max(1, min(legend, int(figure.get_figwidth() / 2)))
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns)
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=90)
     plt.close(figure)
