@@ -71,6 +71,8 @@ def setup(app: Sphinx) -> None:
 
 
 def as_page_of_the_site(app: Sphinx, docname: str, source: list[str]) -> None:
-    """A study's tables are reached from its page, not by searching."""
-    if docname.startswith("experiments/") and "/results/" in docname:
+    """Links to the studies lead to their copy; their tables are reached from their pages, not by searching."""
+    if not docname.startswith("experiments/"):
+        source[0] = source[0].replace("../experiments/", "experiments/")
+    elif "/results/" in docname:
         source[0] = "---\norphan: true\nnosearch: true\n---\n" + source[0]

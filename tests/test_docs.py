@@ -12,6 +12,7 @@ PAGES = sorted(
     path for room in ("start", "choose", "guides", "method", "api") for path in (DOCS / room).glob("*.md")
 )
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(<?([^)\s>#:]+)(?:#[^)\s]*)?>?\)|^```\{figure\} (\S+)$", re.MULTILINE)
 WITH_CODE = {path.stem: blocks for path in PAGES if (blocks := BLOCK.findall(path.read_text()))}
 
 
@@ -46,3 +47,17 @@ def test_every_page_is_reached_from_the_index():
     studies = {str(path.relative_to(root).with_suffix("")) for path in root.glob("experiments/**/README.md")}
     own = {str(path.relative_to(DOCS).with_suffix("")) for path in PAGES if path.parent.name != "api"}
     assert own | studies <= listed
+
+
+def test_links_lead_to_what_is_kept():
+    """In a checkout and on the site, whose copy of the studies is not kept."""
+    root = DOCS.parent
+    kept = [*root.glob("*.md"), *PAGES, *DOCS.glob("*.md"), *root.glob("experiments/**/*.md")]
+    links = [(page, a or b) for page in kept for a, b in LINK.findall(page.read_text())]
+    assert len(links) > 100
+    targets = [(page, (page.parent / link).resolve()) for page, link in links]
+    assert not [
+        (str(page), str(target))
+        for page, target in targets
+        if not target.exists() or target.is_relative_to(DOCS / "experiments")
+    ]
