@@ -52,8 +52,8 @@ def step_cost(step: Callable[..., PyTree], *args: PyTree) -> dict[str, float]:
       >>> args = jax.ShapeDtypeStruct((64, 64), jnp.float32), {"retain": x, "forget": x}
       >>> flops = lambda step: step_cost(step, *args)["flops"]
       >>> gradient = flops(jax.grad(both))
-      >>> round(flops(descend) / gradient, 2), round(flops(look_ahead) / gradient, 2)
-      (1.01, 1.26)
+      >>> bool(flops(descend) < 1.02 * gradient), bool(1.2 < flops(look_ahead) / gradient < 1.3)
+      (True, True)
 
     Source: XLA's cost and memory analyses of a compiled program.
     """
