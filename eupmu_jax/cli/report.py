@@ -100,7 +100,10 @@ def read_promise(folder: pathlib.Path) -> Promise | None:
     try:
         values: dict[str, Any] = json.loads(path.read_text())
         for name, value in values.items():
-            values[name] = np.asarray(value) if isinstance(value, float | list) else value
+            values[name] = np.asarray(value, float) if isinstance(value, float | list) else value
+        if values.get("held_out_rise") is not None:
+            # Null, where there is no bound.
+            values["held_out_bound"] = np.asarray(values["held_out_bound"], float)
         return Promise(**values)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not the promise of a run: {error}") from error

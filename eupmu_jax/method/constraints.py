@@ -187,9 +187,21 @@ def check_shape(value: Numbers, utilities: tuple[int, ...], name: str) -> None:
     """ValueError for what fits no retain loss of shape `utilities`."""
     if np.shape(value) not in ((), utilities):
         raise ValueError(
-            f"{name} must be a scalar or have the shape {utilities} of the multiplier, "
+            f"{name} must be a scalar or have the shape {utilities} of the retain loss and its multiplier, "
             f"got shape {np.shape(value)}"
         )
+
+
+def check_fits(constraint: Constraint, initial_multiplier: Numbers, utilities: tuple[int, ...]) -> None:
+    """ValueError for a constraint or a multiplier that fits no retain loss of shape `utilities`."""
+    given = {"initial_multiplier": initial_multiplier}
+    if isinstance(constraint, Budget):
+        given |= {"budget total": constraint.total, "budget baseline": constraint.baseline}
+    else:
+        given["tolerance eps"] = constraint.eps
+    for name, value in given.items():
+        if value is not None and not callable(value):
+            check_shape(value, utilities, name)
 
 
 def check_transformation(transformation: object, name: str) -> None:

@@ -34,7 +34,7 @@ def check_set(data: PyTree, name: str, batch_size: int) -> int:
         )
     (length,) = lengths.pop()
     if length == 0:
-        raise ValueError(f"{name} is empty: there is nothing to {name.split('[')[0]}")
+        raise ValueError(f"{name} is empty: it must have at least one example")
     if batch_size > length:
         raise ValueError(
             f"batch_size {batch_size} is larger than the {name} set, which has {length} examples"
@@ -113,7 +113,7 @@ class RetainSets(NamedTuple):
         return not any(map(callable, self.sets.values()))
 
 
-def retain_sets(retain: PyTree | Draw, batch_size: Sizes) -> RetainSets:
+def retain_sets(retain: PyTree | Draw, batch_size: Sizes, name: str = "retain") -> RetainSets:
     """One set, or several: where a list or dict holds functions or different lengths, or has a size for each.
 
     Utility k belongs to the k-th set of a list, of a dict to that of the k-th key in sorted order. Several
@@ -127,7 +127,7 @@ def retain_sets(retain: PyTree | Draw, batch_size: Sizes) -> RetainSets:
     is_several = any(map(callable, parts.values())) or len({np.shape(leaf)[:1] for leaf in arrays}) > 1
     if not is_several and isinstance(batch_size, int | np.integer):
         check_whole(batch_size, "batch_size")
-        return RetainSets({"retain": retain}, {"retain": int(batch_size)}, lambda batches: batches[0])
+        return RetainSets({name: retain}, {name: int(batch_size)}, lambda batches: batches[0])
     if isinstance(batch_size, int | np.integer):
         batch_size = dict.fromkeys(parts, batch_size)
     sizes = dict(enumerate(batch_size)) if isinstance(batch_size, list | tuple) else batch_size
@@ -142,8 +142,8 @@ def retain_sets(retain: PyTree | Draw, batch_size: Sizes) -> RetainSets:
     def together(batches: list[PyTree]) -> PyTree:
         return dict(zip(parts, batches, strict=True)) if isinstance(retain, dict) else batches
 
-    named = {f"retain[{key!r}]": part for key, part in parts.items()}
-    return RetainSets(named, {f"retain[{key!r}]": int(sizes[key]) for key in parts}, together)
+    named = {f"{name}[{key!r}]": part for key, part in parts.items()}
+    return RetainSets(named, {f"{name}[{key!r}]": int(sizes[key]) for key in parts}, together)
 
 
 def several_source(retain: RetainSets, seed: int) -> Draw:
@@ -208,6 +208,8 @@ def paired(forget: Draw, retain: Draw) -> Draw:
     expected, first_described = shapes_of(first), described(first)
 
     def checked(step: int) -> dict[str, PyTree]:
+        if step == 0:
+            return first
         batch = pair(step)
         if shapes_of(batch) != expected:
             check_numeric(batch, f"the batch of step {step}")

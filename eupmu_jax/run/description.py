@@ -25,6 +25,7 @@ def description(
     initial_multiplier: Numbers,
     forget: PyTree,
     retain: RetainSets,
+    measured_on: PyTree,
     model: tuple[PyTree, PyTree],
     run: Run,
     program: str | None,
@@ -32,9 +33,10 @@ def description(
 ) -> dict[str, Any]:
     """Settings as data; of sets, leaves and the step's program what tells them from others."""
     trained, frozen = model
-    texts = processes.by_part(
-        {name: data_as_text(data) for name, data in {"forget": forget, **retain.sets}.items()}
-    )
+    data = {"forget": forget, **retain.sets}
+    if measured_on is not None:
+        data["measured_on"] = measured_on
+    texts = processes.by_part({name: data_as_text(rows) for name, rows in data.items()})
     sums = {"crc32 of params": checksum(trained)}
     if jax.tree.leaves(frozen):
         # A frozen base is in no checkpoint: only this says which it was.

@@ -1,6 +1,7 @@
 """A run's folder: what the run is, its metrics line by line, and checkpoints through Orbax."""
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterable
@@ -195,8 +196,7 @@ class Folder:
             return
         self.export(leaves)
         if promise is not None:
-            plain = lambda value: value.tolist() if hasattr(value, "tolist") else value
-            text = {name: plain(value) for name, value in promise._asdict().items()}
+            text = {name: as_json(value) for name, value in promise._asdict().items()}
             write_whole(self.path / "promise.json", json.dumps(text, indent=2) + "\n")
 
     def export(self, leaves: dict[str, np.ndarray]) -> None:
@@ -204,6 +204,9 @@ class Folder:
         partial = self.path / "params.safetensors.partial"
         try:
             self.save_file(cast(Any, leaves), partial)
+            # Else the name could stand for an empty file after a power failure.
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
             partial.replace(self.path / "params.safetensors")
         except Exception as error:
             raise OSError(f"{partial} could not be written: {error}. Make room and start again.") from error
@@ -213,6 +216,15 @@ class Folder:
             f"a checkpoint at step {step} could not be written to {self.path}: {error}\n"
             "Make room or mend the folder and start again: the run goes on from its last whole checkpoint."
         )
+
+
+def as_json(value: Any) -> Any:
+    """An array as lists; what JSON has no number for is null."""
+    if isinstance(value, list):
+        return [as_json(each) for each in value]
+    if hasattr(value, "tolist"):
+        return as_json(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def short(value: object, longest: int = 60) -> str:

@@ -78,7 +78,7 @@ class Ledger:
     def chosen(self) -> tuple[PyTree, int]:
         """The parameters that the run returns, the best or the last, and their step."""
         best = self.run.best
-        if best.params is not None and np.isfinite(best.score):
+        if best.params is not None and best.step > 0:
             return best.params, int(best.step)
         return self.run.params, self.done
 

@@ -171,19 +171,33 @@ def _pause(ledger: Ledger, hooks: Hooks, why: str | None = None) -> None:
     first = hooks.processes.first
     evaluate, score, stop = hooks.evaluate, hooks.score, hooks.stop
     if evaluate is not None:
-        metrics |= first(lambda: _evaluated(evaluate, params, ledger.seen))
+        with _after(ledger.done, "evaluate"):
+            metrics |= first(lambda: _evaluated(evaluate, params, ledger.seen))
     best = None
     if ledger.done and score is not None:
-        value = first(lambda: float(np.float32(_number(_asked(score, metrics, "score"), "score"))))
+        with _after(ledger.done, "score"):
+            value = first(lambda: float(np.float32(_number(_asked(score, metrics, "score"), "score"))))
         if value > ledger.run.best.score:
             new = Best(jnp.float32(value), jnp.int32(ledger.done), owned(ledger.run.params))
             best = hooks.on_mesh(new)
     if ledger.done and stop is not None:
-        found = first(lambda: str(_asked(stop, metrics, "stop") or ""))
+        with _after(ledger.done, "stop"):
+            found = first(lambda: str(_asked(stop, metrics, "stop") or ""))
         why = why or found or None
     ledger.evaluated(metrics | ({"stopped": why} if why else {}), best)
     for callback in hooks.callbacks:
-        callback(params, metrics)
+        with _after(ledger.done, "a callback"):
+            callback(params, metrics)
+
+
+@contextlib.contextmanager
+def _after(step: int, name: str) -> Iterator[None]:
+    """A note on what goes wrong inside: where in the run it was."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"This was in {name}, after {step} steps.")
+        raise
 
 
 def _asked(function: Callable[[Metrics], Any], metrics: Metrics, name: str) -> Any:

@@ -56,7 +56,8 @@ def _number_of_steps(
     if epochs is not None:
         if callable(forget):
             raise ValueError("epochs needs forget as arrays: a function has no known length, give steps")
-        if not isinstance(epochs, int | float) or not 0 < epochs < np.inf:
+        is_number = isinstance(epochs, int | float | np.number) and not isinstance(epochs, bool)
+        if not is_number or not 0 < epochs < np.inf:
             raise ValueError(f"epochs must be a number > 0, got {epochs!r}")
         length = sum(processes.by_part(check_set(forget, "forget", batch_size // processes.parts)))
         steps = int(np.ceil(epochs * length / batch_size))

@@ -11,7 +11,15 @@ import numpy as np
 from eupmu_jax.method.constraints import Budget
 from eupmu_jax.method.losses import LossesFn, Mean
 from eupmu_jax.method.types import PyTree
-from eupmu_jax.run.batches import RetainSets, in_order, lengths_of, passes_over, retain_sets, several_source
+from eupmu_jax.run.batches import (
+    RetainSets,
+    check_set,
+    in_order,
+    lengths_of,
+    passes_over,
+    retain_sets,
+    several_source,
+)
 from eupmu_jax.run.leaves import joined
 from eupmu_jax.run.plan import Plan
 from eupmu_jax.run.processes import ALONE, Processes
@@ -23,6 +31,8 @@ AIM, MOST_REPAIRS = 0.97, 10
 HALVINGS = 6
 # Rows of the retain set from which the gradient of a repair is taken.
 REPAIR_ROWS = 1024
+# Batches that are measured before the host waits for the first of them.
+AHEAD = 8
 # Batches that a bound on unseen data is made of, where there are as many rows.
 HELD_OUT_BATCHES = 32
 
@@ -31,14 +41,14 @@ class Promise(NamedTuple):
     """What a budget promised and what was measured: on all rows of the retain set, before and after.
 
     Attributes:
-      baseline: R_0, float32 [] or [K], in the loss's units.
+      baseline: R_0, float64 [] or [K], in the loss's units.
       budget: delta, likewise.
-      rise: R - R_0 of the returned parameters, likewise; <= budget.
+      rise: R - R_0 of the returned parameters, likewise; <= budget where it holds.
       share: rise / budget.
       examples: rows of the retain set, or sets, that this was measured on.
       repair_steps: how many steps it took to bring the loss back within the budget, at most 10.
       holds: whether the unlearned parameters are within their budget. False: the returned ones are those that
-        came in, unchanged, for which nothing is forgotten and nothing lost.
+        came in, unchanged: nothing is forgotten and nothing lost.
       held_out_rise: the rise on held-out rows, [] or [K], or None where there are none.
       held_out_bound: its 95% upper confidence bound, likewise; a budget is not enforced there.
       way: how far the returned parameters are on the straight way from those that came in to the unlearned
@@ -121,9 +131,9 @@ class Retained(NamedTuple):
     examples: int
 
     def measure(self, trained: PyTree) -> np.ndarray:
-        """R of all rows, float32 [] or [K]."""
+        """R of all rows, float64 [] or [K]."""
         totals, counts = self.parts(trained)
-        return np.asarray(totals.sum(0) / counts.sum(0), np.float32)
+        return np.asarray(totals.sum(0) / counts.sum(0))
 
 
 def retained(
@@ -155,7 +165,8 @@ def retained(
             part = Mean(part * amounts, amounts)
         # Of a set that is through, the batch is there for the shape alone.
         count = jnp.where(amounts > 0, part.count, 0)
-        return jnp.where(amounts > 0, part.total, 0).astype(jnp.float32), count.astype(jnp.float32)
+        wide = lambda numbers: numbers.astype(jnp.promote_types(numbers.dtype, jnp.float32))
+        return wide(jnp.where(amounts > 0, part.total, 0)), wide(count)
 
     def weighted(trained, frozen, forget_batch, rows, index, weights):
         ones = jnp.ones_like(weights)
@@ -170,8 +181,11 @@ def retained(
         with live_bar(passes) as show:
             for index, (rows, amounts) in enumerate(in_order(retain, processes)):
                 amounts = amounts.astype(np.float32) if len(amounts) > 1 else np.float32(amounts[0])
-                found.append(jax.device_get(compiled(trained, frozen, forget_batch, rows, index, amounts)))
+                found.append(compiled(trained, frozen, forget_batch, rows, index, amounts))
+                # The device is kept busy, and holds few batches at once.
+                jax.block_until_ready(found[max(0, index - AHEAD)])
                 show(index + 1, "measuring the retain loss")
+        found = jax.device_get(found)
         totals, counts = (np.stack(part).astype(np.float64) for part in zip(*found, strict=True))
         return totals, np.broadcast_to(
             counts.reshape(passes, -1), totals.shape
@@ -216,7 +230,7 @@ def within(
     it worse is taken back, and half as long the next time. What ten steps do not bring back is moved towards
     the parameters that came in, by the least of 64 equal parts of the way that is found to suffice.
     """
-    baseline, total = np.asarray(constraint.baseline, np.float32), np.asarray(constraint.total, np.float32)
+    baseline, total = (np.asarray(numbers, float) for numbers in (constraint.baseline, constraint.total))
     rise_of = lambda trained: of.measure(trained) - baseline
     promised = lambda rise, steps, holds, way: Promise(
         baseline, total + 0 * rise, rise, rise / total, of.examples, steps, holds, way=way
@@ -232,21 +246,25 @@ def within(
         if slope is None and not np.isfinite(excess):
             break
         # Where other utilities are over now, the step did what it was to do for those that were.
-        if np.isfinite(excess) and (excess < least or np.any((share > AIM) != over)):
+        is_better = np.isfinite(excess) and (excess < least or np.any((share > AIM) != over))
+        if is_better:
             best, least, over, length = trained, excess, share > AIM, min(1.0, 2 * length)
-            slope = of.gradients(best, (np.asarray(over) / total).astype(np.float32), steps)
         else:
             length /= 2
+        if steps == MOST_REPAIRS:
+            break
+        if is_better:
+            slope = of.gradients(best, (np.asarray(over) / total).astype(np.float32), steps)
         trained = _polyak(best, slope, jnp.float32(length * least))
-    start, way, found = original(), 0.0, np.zeros_like(baseline + total)
+    start, way, found = original(), 0.0, None
     if np.isfinite(least):
         for halving in range(1, HALVINGS + 1):
             further = way + 0.5**halving
             rise = rise_of(_between(start, best, jnp.float32(further)))
             if np.all(rise <= total):
                 way, found = further, rise
-    if way == 0:
-        return start, promised(found, steps, False, 0.0)
+    if found is None:
+        return start, promised(rise_of(start), steps, False, 0.0)
     return _between(start, best, jnp.float32(way)), promised(found, steps, True, way)
 
 
@@ -293,9 +311,19 @@ def rise_on_unseen(before: tuple[np.ndarray, np.ndarray], after: tuple[np.ndarra
     return np.reshape(rises, shape).astype(np.float32), np.reshape(bounds, shape).astype(np.float32)
 
 
-def unseen_sets(held_out: PyTree, plan: Plan, processes: Processes = ALONE) -> RetainSets:
-    """Held-out rows in batches small enough for a bound to be made of many."""
-    own = [np.shape(leaf)[0] for leaf in jax.tree.leaves(held_out) if np.ndim(leaf)]
-    lengths = [length // HELD_OUT_BATCHES for part in processes.by_part(own) for length in part]
+def sets_to_measure(
+    data: PyTree, name: str, plan: Plan, least: int, processes: Processes = ALONE
+) -> RetainSets:
+    """Rows like those of retain in batches no larger than its own, and as many as `least` where rows suffice.
+
+    ValueError or TypeError that names them where nothing can be measured on them.
+    """
+    own = [np.shape(leaf)[0] for leaf in jax.tree.leaves(data) if np.ndim(leaf)]
+    lengths = [length // least for part in processes.by_part(own) for length in part]
     size = max(1, min([*(rows // processes.parts for rows in plan.retain_rows), *lengths]))
-    return retain_sets(held_out, size)
+    sets = retain_sets(data, size, name)
+    if not sets.are_arrays:
+        raise ValueError(f"{name} must hold arrays, which can be gone through from end to end, no function")
+    for each, rows in sets.sets.items():
+        check_set(rows, each, sets.sizes[each])
+    return sets

@@ -15,12 +15,14 @@ def reached(name: str, *, at_most: float = np.inf, at_least: float = -np.inf) ->
 
     Args:
       name: a key of the metrics, for instance one that evaluate returns.
-      at_most, at_least: its bounds, inclusive.
+      at_most, at_least: its bounds, inclusive; one of them at least. Of a metric with a number for each
+        utility all must be within.
 
     Returns:
       A rule: metrics -> why the run should end, or None.
 
     Raises:
+      ValueError: neither bound.
       KeyError: from the rule, if there is no such metric.
 
     Example:
@@ -28,9 +30,16 @@ def reached(name: str, *, at_most: float = np.inf, at_least: float = -np.inf) ->
       >>> eu.reached("forget_accuracy", at_most=0.1)({"forget_accuracy": 0.08})
       'forget_accuracy reached 0.08'
     """
-    return lambda metrics: (
-        f"{name} reached {metrics[name]:.4g}" if at_least <= metrics[name] <= at_most else None
-    )
+    if at_most == np.inf and at_least == -np.inf:
+        raise ValueError(f"reached({name!r}) needs at_most or at_least")
+
+    def rule(metrics):
+        values = np.ravel(metrics[name])
+        if not np.all((at_least <= values) & (values <= at_most)):
+            return None
+        return f"{name} reached {', '.join(f'{value:.4g}' for value in values)}"
+
+    return rule
 
 
 def exhausted(baseline: Numbers, budget: Numbers) -> Rule:

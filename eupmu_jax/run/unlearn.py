@@ -13,7 +13,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from eupmu_jax.method.constraints import Budget, Constraint, check_constraint, check_transformation
+from eupmu_jax.method.constraints import (
+    Budget,
+    Constraint,
+    Tolerance,
+    check_constraint,
+    check_fits,
+    check_transformation,
+)
 from eupmu_jax.method.controller import check_multiplier
 from eupmu_jax.method.eupmu import Eupmu, eupmu
 from eupmu_jax.method.layouts import owned, place, training_step
@@ -25,7 +32,6 @@ from eupmu_jax.run.batches import (
     Sizes,
     forget_source,
     paired,
-    retain_sets,
     rows_of,
     several_source,
 )
@@ -34,10 +40,18 @@ from eupmu_jax.run.folder import Folder, saved_description
 from eupmu_jax.run.leaves import by_path, check_numeric, described, joined, parted, rows_not_finite
 from eupmu_jax.run.ledger import Best, Ledger, Run
 from eupmu_jax.run.loop import Hooks, Inputs, Metrics, on_inputs, run_to_the_end
-from eupmu_jax.run.plan import check_functions, check_places, check_split, kinds, planned
+from eupmu_jax.run.plan import Plan, check_functions, check_places, check_split, kinds, planned
 from eupmu_jax.run.processes import Processes, processes_of
 from eupmu_jax.run.progress import progress_bar, say_where_it_goes_on
-from eupmu_jax.run.promise import Promise, retained, rise_on_unseen, unseen_sets, verdict, within
+from eupmu_jax.run.promise import (
+    HELD_OUT_BATCHES,
+    Promise,
+    retained,
+    rise_on_unseen,
+    sets_to_measure,
+    verdict,
+    within,
+)
 
 P = TypeVar("P")
 
@@ -49,7 +63,8 @@ class History(NamedTuple):
       steps: by name, an array with one entry for each step ([T] or [T, K]): forget_loss, retain_loss,
         violation, multiplier, skipped_steps, infeasible, as in `SurgeryInfo`.
       evaluations: what ``evaluate`` returned, each with its "step": how many steps were done.
-      best_step: the number of steps after which the returned parameters were had.
+      best_step: the number of steps after which the returned parameters were had, or those that a repair
+        brought back within the budget; 0 where the ones that came in are returned.
       stopped: why the run ended before its last step, or None.
       promise: what the budget promised and what was measured, a `Promise`; None for a tolerance, and for
         retain functions without ``measured_on``.
@@ -146,20 +161,23 @@ def unlearn(
       every: steps between evaluations, callbacks and checkpoints; None: a tenth of the steps.
       score: metrics -> number; the parameters with the highest are returned, the earliest of equals. Those
         before the first step and a NaN are no candidates. None: the last ones. Metrics are what evaluate
-        returned, "step", and the latest forget_loss, retain_loss, violation, multiplier, skipped_steps
-        and infeasible.
+        returned, "step", the means of forget_loss and retain_loss since the last evaluation, and the latest
+        violation, multiplier, skipped_steps and infeasible.
       stop: metrics -> why the run should end now, or None: see `reached`, `exhausted`, `over_forgetting`.
-      callbacks: functions (params, metrics), called after each evaluation: plots, other loggers. Copy
-        what you keep of params: the next step takes over their memory.
+      callbacks: functions (params, metrics), called after each evaluation: plots, other loggers. Before the
+        first step metrics has only "step" and what evaluate returned. Copy what you keep of params: the next
+        step takes over their memory.
       folder: where metrics.jsonl, checkpoints and the description of the run go; the same one to
-        resume, with the same arguments (compared, but for what functions and inner do). None keeps
+        resume, with the same arguments. Sets are compared by a checksum, losses_fn and inner by the
+        program that JAX makes of them, unless its version has changed or there is a mesh. None keeps
         nothing on disk. Several processes need it on a file system that they share.
       mesh: as for `training_step`. Of several processes each holds its own part of the first axis; those that
         hold the same part of it, as where one model lies in several processes, give the same rows.
       measured_on: rows like those of retain, on which a budget is measured before and after, where retain is
         a function. Without, nothing is measured then, and the budget starts from the first ten batches.
       held_out: rows like those of retain that nothing is trained on: the rise of the loss there is measured,
-        too, with a 95% upper confidence bound. The budget is not enforced on them.
+        too, with a 95% upper confidence bound. The budget is not enforced on them. Goes with a `Budget`, and
+        with retain arrays or measured_on.
 
     Returns:
       (params, history): params like those given, and a `History`. With ``folder`` they are also in its
@@ -168,7 +186,8 @@ def unlearn(
     Raises:
       TypeError: what `eupmu` raises for its arguments.
       ValueError: an empty set, a batch larger than its set, batches that change shape, neither or both of
-        steps and epochs; several retain sets and another number of retain losses; trainable accepts no leaf;
+        steps and epochs; several retain sets and another number of retain losses; measured_on or held_out
+        with a tolerance, or rows that losses_fn does not take; trainable accepts no leaf;
         a folder with another run, a damaged checkpoint; several processes without mesh, or with settings that
         differ. And what `eupmu` raises.
       RuntimeError: a data function that raises, naming the step; the steps before it are done, and kept
@@ -205,9 +224,6 @@ def unlearn(
             by_path(params)
         params = jax.tree.map(jnp.asarray, params)
         trained, frozen = parted(params, trainable)
-        checked_on = sets
-        if measured_on is not None:
-            checked_on = retain_sets(measured_on, max(1, min(plan.retain_rows) // parts))
         processes.check_same(
             **kinds(forget=forget, retain=retain, measured_on=measured_on, held_out=held_out),
             **kinds(evaluate=evaluate, score=score, stop=stop, trainable=trainable, folder=folder),
@@ -219,6 +235,13 @@ def unlearn(
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
         utilities = _utilities(losses_fn, params, batch_at(0), sets)
+        check_multiplier(initial_multiplier, isinstance(constraint, Budget))
+        check_fits(constraint, initial_multiplier, utilities)
+        checked_on, unseen = _sets_to_measure(sets, measured_on, held_out, constraint, plan, processes)
+        for name, rows in (("measured_on", checked_on), ("held_out", unseen)):
+            if rows is not None and rows is not sets:
+                like_retain = batch_at(0) | {"retain": several_source(rows, own_seed)(0)}
+                _check_losses(losses_fn, params, like_retain, name, utilities)
         on_mesh = lambda tree: tree if mesh is None else jax.tree.map(partial(place, mesh=mesh), tree)
         # Placed when it is needed: kept on a mesh during the run it would be a copy more.
         original = lambda: on_mesh(parted(params, trainable)[0])
@@ -239,9 +262,9 @@ def unlearn(
                         "labels that are out of range, and at losses_fn"
                     )
                 constraint = dataclasses.replace(constraint, baseline=baseline)
-        check_multiplier(initial_multiplier, isinstance(constraint, Budget))
         if np.ndim(initial_multiplier) == 0:
-            initial_multiplier = jnp.full(utilities, jnp.asarray(initial_multiplier))
+            dtype = getattr(initial_multiplier, "dtype", jnp.float32)
+            initial_multiplier = jnp.full(utilities, initial_multiplier, dtype)
         tx = eupmu(on_inputs(losses_fn), inner, constraint, initial_multiplier=initial_multiplier)
 
         step, trained, state = training_step(tx, trained, mesh)
@@ -252,7 +275,16 @@ def unlearn(
             program = None if mesh is not None else _program(tx, run, batch_at(0), frozen)
             model = trained, frozen
             text = description(
-                plan, constraint, initial_multiplier, forget, sets, model, run, program, processes
+                plan,
+                constraint,
+                initial_multiplier,
+                forget,
+                sets,
+                measured_on,
+                model,
+                run,
+                program,
+                processes,
             )
             kept = stack.enter_context(contextlib.closing(Folder(folder, text, processes)))
         whole = lambda trained: joined(trained, frozen)
@@ -273,10 +305,11 @@ def unlearn(
             chosen, promise = within(chosen, measured, constraint, original)
             if promise.way < 1:
                 processes.warn(verdict(promise), stacklevel=3)
-            if held_out is not None:
-                of = unseen_sets(held_out, plan, processes)
-                unseen = retained(losses_fn, frozen, rows, of, plan.seed, processes)
-                rises = rise_on_unseen(unseen.parts(original()), unseen.parts(chosen))
+            if promise.way == 0:
+                best_step = 0
+            if unseen is not None:
+                of = retained(losses_fn, frozen, rows, unseen, plan.seed, processes)
+                rises = rise_on_unseen(of.parts(original()), of.parts(chosen))
                 promise = promise._replace(held_out_rise=rises[0], held_out_bound=rises[1])
         if kept is not None:
             kept.finish(whole(chosen) if trainable is None else chosen, promise)
@@ -316,6 +349,42 @@ def _check_rows(
             f"{name} holds NaN or infinity in {len(rows)} of its {len(leaves[0])} rows, of which row "
             f"{rows[0]} is the first, and the losses there are not finite: leave these rows out or mask them"
         )
+
+
+def _sets_to_measure(
+    sets: RetainSets,
+    measured_on: PyTree,
+    held_out: PyTree,
+    constraint: Constraint,
+    plan: Plan,
+    processes: Processes,
+) -> tuple[RetainSets, RetainSets | None]:
+    """What a budget is measured on, and what its rise on unseen rows."""
+    checked_on = sets
+    if isinstance(constraint, Tolerance) and not (measured_on is None and held_out is None):
+        raise ValueError("measured_on and held_out go with a Budget: of a Tolerance nothing is promised")
+    if measured_on is not None:
+        checked_on = sets_to_measure(measured_on, "measured_on", plan, 1, processes)
+    if held_out is None:
+        return checked_on, None
+    if not checked_on.are_arrays:
+        raise ValueError("held_out needs retain as arrays, or measured_on: else nothing is measured")
+    return checked_on, sets_to_measure(held_out, "held_out", plan, HELD_OUT_BATCHES, processes)
+
+
+def _check_losses(
+    losses_fn: LossesFn, params: PyTree, batch: PyTree, name: str, utilities: tuple[int, ...]
+) -> None:
+    """ValueError unless losses_fn takes rows of that name as it takes those of retain."""
+    batch = batch | {"key": jax.random.key(0)}
+    try:
+        shape = jax.eval_shape(lambda p, b: as_means(losses_fn(p, b)).retain, params, batch).shape
+    except Exception as error:
+        raise ValueError(
+            f"{name} must hold rows like those of retain, which losses_fn takes: {error}"
+        ) from error
+    if shape != utilities:
+        raise ValueError(f"{name} gives a retain loss of shape {shape}, retain one of {utilities}")
 
 
 def _utilities(losses_fn: LossesFn, params: PyTree, batch: PyTree, sets: RetainSets) -> tuple[int, ...]:

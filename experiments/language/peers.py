@@ -84,7 +84,8 @@ def by_constraint(constraint: eu.Tolerance | eu.Budget) -> Unlearn:
             make_losses(job.config, job.objective), model, job.forget, dict(job.retain),
             optimizer(job), constraint, steps=job.steps,
             batch_size=(len(job.forget.reference), dict(job.sizes)), seed=job.seed, trainable=job.trains,
-            callbacks=[told_of_steps(tell)], every=1, held_out=dict(job.held_out),
+            callbacks=[told_of_steps(tell)], every=1,
+            held_out=dict(job.held_out) if isinstance(constraint, eu.Budget) else None,
         )  # fmt: skip
         seen: Seen = {key: history.steps[key] for key in ("forget_loss", "retain_loss", "multiplier")}
         if history.promise is not None:

@@ -146,12 +146,44 @@ def test_messages_are_short(tmp_path):
             ValueError,
             "stop asks for 'accuracy', but the metrics",
         ),
+        ({"constraint": eu.Budget([0.1, 0.1])}, ValueError, r"budget total must .* shape \(2,\)"),
+        ({"constraint": eu.Tolerance([0.1, 0.1])}, ValueError, r"tolerance eps must .* shape \(2,\)"),
+        ({"initial_multiplier": [1.0, 1.0]}, ValueError, r"initial_multiplier must .* shape \(2,\)"),
+        ({"steps": None, "epochs": True}, ValueError, "epochs must be a number > 0, got True"),
         ({"fn": lambda params, batch: (1.0, 2.0)}, TypeError, "losses_fn must return .*Losses.*got tuple"),
     ],
 )
 def test_messages_name_the_argument(settings, error, message):
     with pytest.raises(error, match=message):
         run(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({"evaluate": lambda params: 1 / 0}, "in evaluate, after 0 steps"),
+        ({"score": lambda metrics: 1 / 0}, "in score, after 2 steps"),
+        ({"stop": lambda metrics: 1 / 0}, "in stop, after 2 steps"),
+        ({"callbacks": [lambda params, metrics: 1 / metrics["step"]]}, "in a callback, after 0 steps"),
+    ],
+)
+def test_an_error_of_a_function_says_where_in_the_run_it_was(settings, where):
+    with pytest.raises(ZeroDivisionError) as error:
+        run(every=2, **settings)
+    assert where in " ".join(error.value.__notes__)
+
+
+def test_an_infinite_score_is_the_highest():
+    _, history = run(every=2, score=lambda metrics: np.inf if metrics["step"] == 2 else 0.0)
+    assert history.best_step == 2
+
+
+def test_the_first_batch_is_drawn_once():
+    """A function may be a slow loader."""
+    asked = []
+    source = lambda data: lambda step: asked.append(step) or {k: v[:8] for k, v in data.items()}
+    run(source(FORGET), source(RETAIN), steps=3)
+    assert sorted(asked) == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_finished_run_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):

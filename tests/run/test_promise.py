@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AxisType
 
 import eupmu_jax as eu
+from eupmu_jax.cli import report
 from eupmu_jax.run.promise import rise_on_unseen, within
 
 RNG = np.random.default_rng(0)
@@ -55,7 +56,7 @@ def test_what_comes_back_is_within_its_budget(inner):
     np.testing.assert_allclose(promise.rise, whole_rise(params), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(promise.share, promise.rise / 0.1)
     assert promise.examples == 130
-    assert promise.budget == np.float32(0.1)
+    assert promise.budget == 0.1
 
 
 @pytest.mark.parametrize("fn", [losses_fn, two_losses])
@@ -139,8 +140,9 @@ def test_where_it_cannot_be_kept_what_came_in_comes_back(score):
     for a, b in zip(*map(jax.tree.leaves, (params, PARAMS)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert not history.promise.holds
-    assert history.promise.rise == 0
+    np.testing.assert_allclose(history.promise.rise, 1.0, rtol=1e-6)
     assert history.promise.way == 0
+    assert history.best_step == 0
     assert history.promise.repair_steps == 10
     assert "nothing is forgotten" in eu.verdict(history.promise)
 
@@ -204,6 +206,62 @@ def test_functions_are_measured_only_on_what_is_given():
     assert run(constraint=eu.Tolerance(0.01))[1].promise is None
 
 
+@pytest.mark.usefixtures("x64")
+def test_a_small_rise_of_a_large_loss_is_seen_in_float64():
+    """1e-5 of 1e6, where float32 has steps of .06."""
+
+    def large(params, batch):
+        forget, retain = losses_fn(params, batch)
+        return eu.Losses(forget, 1e6 + retain)
+
+    wide = {name: leaf.astype(jnp.float64) for name, leaf in PARAMS.items()}
+    params, history = eu.unlearn(
+        large, wide, FORGET.astype(float), RETAIN.astype(float), optax.sgd(1e-3), eu.Budget(1e-2), steps=40,
+        batch_size=16,
+    )  # fmt: skip
+    rise = np.mean((RETAIN.astype(float) - np.asarray(params["w"] + params["b"])) ** 2)
+    rise -= np.mean(RETAIN.astype(float) ** 2)
+    np.testing.assert_allclose(history.promise.rise, rise, rtol=1e-5)
+    assert 0 < history.promise.rise <= 1e-2
+    assert history.steps["multiplier"].dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["held_out", "measured_on"])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (RETAIN[:0], "NAME is empty"),
+        (lambda step: RETAIN, "NAME must hold arrays.* no function"),
+        (np.float32(3), "NAME must be arrays with one leading axis"),
+        ({"x": RETAIN}, "NAME must hold rows like those of retain"),
+        ([RETAIN, RETAIN[:7]], "NAME must hold rows like those of retain"),
+    ],
+)
+def test_rows_that_nothing_can_be_measured_on_are_named_before_the_first_step(name, rows, message):
+    looked = []
+    with pytest.raises(ValueError, match=message.replace("NAME", name)):
+        run(evaluate=lambda params: looked.append(1) or {}, **{name: rows})
+    assert not looked
+    with pytest.raises(ValueError, match=r"go with a Budget"):
+        run(constraint=eu.Tolerance(0.01), **{name: RETAIN})
+
+
+def test_few_rows_to_measure_on_are_enough():
+    draw = lambda step: RETAIN[np.random.default_rng(step).choice(130, 16)]
+    assert run(retain=draw, measured_on=RETAIN[:6], constraint=eu.Budget(0.5))[1].promise.examples == 6
+    with pytest.raises(ValueError, match="held_out needs retain as arrays, or measured_on"):
+        run(retain=draw, held_out=RETAIN)
+
+
+def test_a_run_goes_on_with_the_rows_that_its_budget_was_measured_on(tmp_path):
+    draw = lambda step: RETAIN[np.random.default_rng(step).choice(130, 16)]
+    settings = {"retain": draw, "folder": tmp_path}
+    run(measured_on=RETAIN, **settings)
+    for other in (RETAIN + 1, None):
+        with pytest.raises(ValueError, match=r"other settings .*measured_on"):
+            run(measured_on=other, **settings)
+
+
 def test_held_out_rows_are_told_apart_with_a_bound():
     unseen = RNG.normal(0.05, 0.3, (500, 3)).astype(np.float32)
     params, history = run(held_out=unseen)
@@ -243,6 +301,16 @@ def test_what_is_kept_of_a_promise(tmp_path):
     assert kept["rise"] == pytest.approx(float(history.promise.rise))
     again = run(folder=tmp_path)[1]
     assert again.promise == history.promise
+
+
+def test_what_json_has_no_number_for_is_null(tmp_path):
+    """The bound from one row alone is infinite."""
+    _, history = run(folder=tmp_path, held_out=RETAIN[:1])
+    assert history.promise.held_out_bound == np.inf
+    strict = lambda text: pytest.fail(f"{text} is not JSON")
+    kept = json.loads((tmp_path / "promise.json").read_text(), parse_constant=strict)
+    assert kept["held_out_bound"] is None
+    assert report.write(tmp_path).exists()
 
 
 def test_interrupted_during_the_repair_it_ends_the_same_to_the_bit(tmp_path, monkeypatch):

@@ -203,6 +203,10 @@ def test_evaluation_score_stop_and_callbacks():
 def test_rules():
     assert eu.reached("a", at_least=0.5)({"a": 0.4}) is None
     assert "0.6" in eu.reached("a", at_least=0.5)({"a": 0.6})
+    assert eu.reached("a", at_most=1.0)({"a": [0.5, 1.5]}) is None
+    assert eu.reached("a", at_most=1.0)({"a": [0.5, 1.0]}) == "a reached 0.5, 1"
+    with pytest.raises(ValueError, match="needs at_most or at_least"):
+        eu.reached("a")
     rule = eu.exhausted(np.array([1.0, 2.0]), np.array([0.1, 0.1]))
     assert rule({"retain_loss": [1.05, 2.05]}) is None
     assert "rose by 0.2" in rule({"retain_loss": [1.05, 2.2]})
