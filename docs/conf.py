@@ -74,5 +74,7 @@ def as_page_of_the_site(app: Sphinx, docname: str, source: list[str]) -> None:
     """Links to the studies lead to their copy; their tables are reached from their pages, not by searching."""
     if not docname.startswith("experiments/"):
         source[0] = source[0].replace("../experiments/", "experiments/")
-    elif "/results/" in docname:
+        return
+    source[0] = source[0].replace("../docs/", "../")
+    if "/results/" in docname:
         source[0] = "---\norphan: true\nnosearch: true\n---\n" + source[0]

@@ -15,11 +15,11 @@ from experiments.shared.terminal import progress_bar
 class Config:
     """Implant eight invented people into a language model, and make it forget four of them.
 
-    Four methods from the same model, at the same number of steps; measured beside the model before and a
+    Three methods from the same model, at the same number of steps; measured beside the model before and a
     reference that never saw the four, then attacked. The default model is SmolLM2-135M-Instruct, which
     `python -m experiments.language.fetch` brings. Writes tables.md, pictures, transcripts and report.html
     to a new folder under --runs-dir, and every model in Hugging Face's form; about 15 min on two cores,
-    --all-methods 30 min, --smoke (small random weights) 1 to 2 min.
+    --all-methods about 40 min, --smoke (small random weights) 1 to 2 min.
     """
 
     smoke: bool = False
