@@ -2,15 +2,17 @@
 
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from eupmu_jax import objectives
 from eupmu_jax.cli import report
 from eupmu_jax.cli.config import Evaluate
-from eupmu_jax.cli.exported import load_model, logits_in_batches
+from eupmu_jax.cli.exported import in_batches, load_model
 from eupmu_jax.cli.objective import masked_mean
 from eupmu_jax.evaluation import membership_attack
 from eupmu_jax.run.batches import check_set
@@ -77,30 +79,44 @@ def load_set(path: pathlib.Path, name: str, apply: Any, params: Any) -> dict[str
     return data
 
 
-def scores(logits: np.ndarray, rows: Any) -> dict[str, float]:
-    """Mean cross-entropy in nats and accuracy from 0 to 1 of what counts."""
-    mean = masked_mean(objectives.cross_entropy(logits, rows["y"], rows.get("mask")), rows)
+def look(logits: jax.Array, rows: Any) -> tuple[jax.Array, jax.Array]:
+    """Of each example the cross-entropy in nats, and of each label whether it is the greatest logit."""
     # No class is the greatest where one is NaN or infinite.
-    right = np.where((logits < np.inf).all(-1), logits.argmax(-1) == rows["y"], np.nan)
+    right = jnp.where((logits < jnp.inf).all(-1), logits.argmax(-1) == rows["y"], jnp.nan)
+    return objectives.cross_entropy(logits, rows["y"], rows.get("mask")), right
+
+
+def scores(nats: Any, right: Any, rows: Any) -> dict[str, float]:
+    """Mean cross-entropy in nats and accuracy from 0 to 1 of what counts."""
+    mean = masked_mean(nats, rows)
     counts = rows.get("mask", np.ones(rows["y"].shape, bool))
     return {"cross_entropy": float(mean.total / mean.count), "accuracy": float(right[counts].mean())}
 
 
-def evaluated(apply: Any, params: Any, sets: Any, attack: bool = False) -> dict[str, dict[str, float]]:
-    """For each set its scores, and what share of the forget set the attack takes for unseen, in percent."""
-    logits = {name: logits_in_batches(apply, params, rows["x"]) for name, rows in sets.items()}
-    found = {name: scores(logits[name], rows) for name, rows in sets.items()}
-    if attack and "test" in sets and logits["forget"].ndim == 2:
-        forget, retain, test = (predicted(logits[name], sets[name]) for name in ("forget", "retain", "test"))
-        attacked = membership_attack(forget, retain, test, ("confidence",))
-        found["forget"]["taken for unseen"] = attacked["confidence"]
-    return found
+def make_evaluate(apply: Any) -> Callable[..., dict[str, dict[str, float]]]:
+    """(params, sets, attack) -> the scores of each set; compiled once."""
+    seen = in_batches(look, apply)
+    probabilities = in_batches(lambda logits, rows: jax.nn.softmax(logits), apply)
+
+    def evaluate(params: Any, sets: Any, attack: bool = False) -> dict[str, dict[str, float]]:
+        """With what share of the forget set the attack takes for unseen, in percent."""
+        found = {name: scores(*seen(params, rows), rows) for name, rows in sets.items()}
+        if attack and "test" in sets and sets["forget"]["y"].ndim == 1:
+            forget, retain, test = (
+                (probabilities(params, rows), rows["y"])
+                for rows in (first_that_count(sets[name]) for name in ("forget", "retain", "test"))
+            )
+            attacked = membership_attack(forget, retain, test, ("confidence",))
+            found["forget"]["taken for unseen"] = attacked["confidence"]
+        return found
+
+    return evaluate
 
 
-def predicted(logits: np.ndarray, rows: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(probabilities, labels) of the first rows that count, as many as the attack can take."""
-    counts = np.flatnonzero(rows.get("mask", np.ones(len(logits), bool)))[:ROWS_FOR_THE_ATTACK]
-    return np.asarray(jax.nn.softmax(logits[counts])), rows["y"][counts]
+def first_that_count(rows: Any) -> dict[str, np.ndarray]:
+    """As many rows as the attack can take."""
+    counts = np.flatnonzero(rows.get("mask", np.ones(len(rows["y"]), bool)))[:ROWS_FOR_THE_ATTACK]
+    return {key: rows[key][counts] for key in ("x", "y")}
 
 
 def add_to_evaluation(folder: pathlib.Path, found: dict[str, Any]) -> None:
@@ -119,5 +135,5 @@ def run_evaluate(config: Evaluate) -> None:
         apply, params = load_model(folder)
         paths = {"forget": config.forget, "retain": config.retain, "test": config.test}
         sets = {kind: load_set(path, kind, apply, params) for kind, path in paths.items() if path}
-        found[f"{name} {folder}"] = evaluated(jax.jit(apply), params, sets, attack=True)
+        found[f"{name} {folder}"] = make_evaluate(apply)(params, sets, attack=True)
     add_to_evaluation(config.model, found)

@@ -18,6 +18,7 @@ Apply = Callable[[PyTree, ArrayLike], jax.Array]
 
 FUNCTION, PARAMS = "apply.stablehlo", "params.safetensors"
 PLATFORMS = ("cpu", "cuda", "tpu")
+ROWS_AT_ONCE, LOGITS_AT_ONCE = 256, 2**26
 KINDS = (jnp.floating, jnp.integer)
 # What jax.export itself puts into plain models. Others may call into the process, even with pointers.
 HARMLESS_CALLS = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "shape_assertion"}
@@ -166,7 +167,17 @@ def _check_names(
         raise ValueError(f"{path} does not go with {FUNCTION}: {wrong}")
 
 
-def logits_in_batches(apply: Apply, params: PyTree, inputs: np.ndarray, batch_size: int = 256) -> np.ndarray:
-    """apply(params, inputs) in NumPy, computed for `batch_size` rows at a time."""
-    parts = [inputs[start : start + batch_size] for start in range(0, len(inputs), batch_size)]
-    return np.concatenate([np.asarray(apply(params, part)) for part in parts])
+def in_batches(
+    of_logits: Callable[[jax.Array, Mapping[str, ArrayLike]], PyTree], apply: Apply
+) -> Callable[[PyTree, Mapping[str, np.ndarray]], PyTree]:
+    """(params, rows) -> of_logits(logits, rows) in NumPy; the logits of all rows of a text fit nowhere."""
+    compiled = jax.jit(lambda params, rows: of_logits(apply(params, rows["x"]), rows))
+
+    def whole(params: PyTree, rows: Mapping[str, np.ndarray]) -> PyTree:
+        one = jax.eval_shape(apply, params, rows["x"][:1])
+        size = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // one.size))
+        starts = range(0, len(rows["x"]), size)
+        parts = [compiled(params, {key: row[i : i + size] for key, row in rows.items()}) for i in starts]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+    return whole

@@ -3,16 +3,14 @@
 import shutil
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from eupmu_jax import objectives
 from eupmu_jax.cli import report
 from eupmu_jax.cli.config import Unlearn, check_config, constraint_of, resolved, write_config
-from eupmu_jax.cli.evaluate import add_to_evaluation, evaluated, load_set
-from eupmu_jax.cli.exported import FUNCTION, load_model, logits_in_batches
+from eupmu_jax.cli.evaluate import add_to_evaluation, load_set, make_evaluate
+from eupmu_jax.cli.exported import FUNCTION, in_batches, load_model
 from eupmu_jax.cli.objective import BETA, forget_values, log_probability, masked_mean
 from eupmu_jax.method.losses import Losses
 from eupmu_jax.run.promise import verdict
@@ -44,11 +42,10 @@ def run_unlearn(config: Unlearn) -> bool:
         raise ValueError(f"--learning-rate must be > 0, got {config.learning_rate}")
     if config.stop_at is not None and not 0 <= config.stop_at < 1:
         raise ValueError(f"--stop-at must be an accuracy from 0 to 1, got {config.stop_at}")
-    compiled = jax.jit(apply)
+    look = make_evaluate(apply)
     forget = dict(sets["forget"])
     if config.objective == "npo":
-        logits = logits_in_batches(compiled, params, forget["x"])
-        forget["reference"] = np.asarray(log_probability(jnp.asarray(logits), forget))
+        forget["reference"] = in_batches(log_probability, apply)(params, forget)
 
     def losses_fn(params, batch):
         forget, retain = batch["forget"], batch["retain"]
@@ -59,7 +56,7 @@ def run_unlearn(config: Unlearn) -> bool:
     some = {name: {key: part[:ROWS_ON_THE_WAY] for key, part in rows.items()} for name, rows in sets.items()}
 
     def evaluate(params):
-        found = evaluated(compiled, params, some)
+        found = look(params, some)
         return {f"{name}_{score}": value for name, row in found.items() for score, value in row.items()}
 
     settings = check_config(config)
@@ -83,7 +80,7 @@ def run_unlearn(config: Unlearn) -> bool:
     print(f"{len(history.steps['multiplier'])} steps" + (f"; {history.stopped}" if history.stopped else ""))
     if bool(np.any(history.steps["infeasible"][-1])):
         print("The budget looks infeasible: fine-tuning on the retain set alone would not hold it either.")
-    found = {"before": evaluated(compiled, params, sets), "after": evaluated(compiled, unlearned, sets)}
+    found = {"before": look(params, sets), "after": look(unlearned, sets)}
     add_to_evaluation(config.folder, found)
     page = report.write(config.folder)
     if any(np.isnan(value) for row in found["after"].values() for value in row.values()):

@@ -14,8 +14,8 @@ import pytest
 from flax import linen, nnx
 
 import eupmu_jax as eu
-from eupmu_jax.cli import report
-from eupmu_jax.cli.evaluate import scores
+from eupmu_jax.cli import exported, report
+from eupmu_jax.cli.evaluate import look, scores
 from eupmu_jax.cli.main import main
 from eupmu_jax.run.leaves import by_path
 
@@ -238,8 +238,29 @@ def test_a_broken_model_is_no_success(files, tmp_path):
         main(arguments(files, tmp_path / "run", tolerance=0.1, **settings))
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert any(np.isnan(value) for row in found["after"].values() for value in row.values())
-    nothing = scores(np.full((2, 3), np.nan, np.float32), {"y": np.zeros(2, int)})
+    rows = {"y": np.zeros(2, int)}
+    nothing = scores(*look(jnp.full((2, 3), jnp.nan), rows), rows)
     assert np.isnan(nothing["accuracy"]), "the first class is not what NaN predicts"
+
+
+def test_a_few_rows_of_logits_exist_at_a_time(monkeypatch):
+    """Of a text set all of them would be gigabytes; what comes of them is the same."""
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(9, 9)), jnp.float32)
+    x = rng.integers(0, 9, (10, 4))
+    rows = {"x": x, "y": rng.integers(0, 9, (10, 4)), "mask": rng.random((10, 4)) < 0.7}
+    seen = []
+
+    def apply(params, x):
+        seen.append(len(x))
+        return params[x]
+
+    expected = look(apply(table, x), rows)
+    seen.clear()
+    monkeypatch.setattr(exported, "LOGITS_AT_ONCE", 3 * 4 * 9 + 5)
+    for got, whole in zip(exported.in_batches(look, apply)(table, rows), expected, strict=True):
+        np.testing.assert_allclose(got, whole, rtol=1e-6)
+    assert set(seen) == {1, 3}
 
 
 def test_a_budget_that_is_not_kept_ends_with_3_and_the_model_that_came_in(files, tmp_path, capsys):
@@ -393,7 +414,7 @@ def test_a_set_that_cannot_be_read_is_named_with_its_option(files, tmp_path):
         tmp_path / "gone.npz": "there is no such file",
         text: "is no .npz file of arrays, as numpy.savez(path, x=x, y=y) writes it",
         shorter: "x, y and mask must have as many rows, got {'x': 19, 'y': 20}",
-        empty: "forget is empty: there is nothing to forget",
+        empty: "forget is empty: it must have at least one example",
         broken: "x holds NaN or infinity in 1 of its 20 rows, of which row 7 is the first",
         unnamed: "must hold arrays x and y, got ['arr_0', 'arr_1']",
     }.items():
