@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("tokenizers", reason='pip install -e ".[language]"')
 pytest.importorskip("gguf", reason='pip install -e ".[language]"')
 
-from experiments.language import attacks, losses, measures, people, seeds, study, text, texts, tiny
+from experiments.language import attacks, losses, measures, people, requests, seeds, study, text, texts, tiny
 from experiments.language.measures import Seen
 from experiments.language.texts import Rows
 from experiments.shared.models.llama.files import load, save
@@ -253,10 +253,8 @@ def test_smoke_run_and_resume_after_a_kill(tmp_path):
     for name in "tables.md", "report.html", "transcripts.md", "runs.png", "attacks.png":
         assert (folder / name).stat().st_size > 0
     # Two requests, of which one is done already when it is started again.
-    ask = [sys.executable, "-m", "experiments.language.requests", "--run", str(folder), "--steps", "1"]
     for amount in 1, 2:
-        ended = subprocess.run([*ask, "--requests", str(amount)], capture_output=True, text=True, timeout=300)
-        assert ended.returncode == 0, ended.stderr
+        requests.main(requests.Config(folder, amount, steps=1))
     records = read_records(folder / "requests.jsonl")
     assert list(records) == [("requests", "before"), ("requests", 0), ("requests", 1)]
     assert "After 2 requests" in (folder / "requests.md").read_text()
