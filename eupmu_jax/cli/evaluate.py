@@ -100,7 +100,10 @@ def make_evaluate(apply: Any) -> Callable[..., dict[str, dict[str, float]]]:
 
     def evaluate(params: Any, sets: Any, attack: bool = False) -> dict[str, dict[str, float]]:
         """With what share of the forget set the attack takes for unseen, in percent."""
-        found = {name: scores(*seen(params, rows), rows) for name, rows in sets.items()}
+        found = {}
+        for name, rows in sets.items():
+            nats, right = seen(params, rows)
+            found[name] = scores(nats, right, rows)
         if attack and "test" in sets and sets["forget"]["y"].ndim == 1:
             forget, retain, test = (
                 (probabilities(params, rows), rows["y"])

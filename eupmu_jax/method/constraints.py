@@ -194,14 +194,13 @@ def check_shape(value: Numbers, utilities: tuple[int, ...], name: str) -> None:
 
 def check_fits(constraint: Constraint, initial_multiplier: Numbers, utilities: tuple[int, ...]) -> None:
     """ValueError for a constraint or a multiplier that fits no retain loss of shape `utilities`."""
-    given = {"initial_multiplier": initial_multiplier}
+    check_shape(initial_multiplier, utilities, "initial_multiplier")
     if isinstance(constraint, Budget):
-        given |= {"budget total": constraint.total, "budget baseline": constraint.baseline}
-    else:
-        given["tolerance eps"] = constraint.eps
-    for name, value in given.items():
-        if value is not None and not callable(value):
-            check_shape(value, utilities, name)
+        check_shape(constraint.total, utilities, "budget total")
+        if constraint.baseline is not None:
+            check_shape(constraint.baseline, utilities, "budget baseline")
+    elif not callable(constraint.eps):
+        check_shape(constraint.eps, utilities, "tolerance eps")
 
 
 def check_transformation(transformation: object, name: str) -> None:

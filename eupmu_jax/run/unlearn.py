@@ -264,7 +264,7 @@ def unlearn(
                 constraint = dataclasses.replace(constraint, baseline=baseline)
         if np.ndim(initial_multiplier) == 0:
             dtype = getattr(initial_multiplier, "dtype", jnp.float32)
-            initial_multiplier = jnp.full(utilities, initial_multiplier, dtype)
+            initial_multiplier = jnp.full(utilities, jnp.asarray(initial_multiplier, dtype))
         tx = eupmu(on_inputs(losses_fn), inner, constraint, initial_multiplier=initial_multiplier)
 
         step, trained, state = training_step(tx, trained, mesh)
