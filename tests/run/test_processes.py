@@ -94,7 +94,9 @@ FORGET = [rows(24, 1), rows(20, 2)]
 HELD_OUT = [rows(32, 7), rows(32, 8)]
 
 
-def run(case, forget, retain, held_out, folder=None, **more):
+def run(case, forget, retain, held_out, folder=None, measured_on=None, **more):
+    if isinstance(case.constraint, eu.Tolerance):
+        held_out = measured_on = None
     devices = np.array(jax.devices())
     if case.interleaved:
         devices = devices.reshape(2, 4).T
@@ -103,7 +105,7 @@ def run(case, forget, retain, held_out, folder=None, **more):
     params = PARAMS | {"w": jax.device_put(PARAMS["w"], NamedSharding(mesh, case.spec))}
     return eu.unlearn(
         losses_fn, params, forget, retain, optax.sgd(0.05, momentum=0.9), case.constraint, mesh=mesh,
-        steps=STEPS, batch_size=ROWS, held_out=held_out, folder=folder, every=7,
+        steps=STEPS, batch_size=ROWS, held_out=held_out, measured_on=measured_on, folder=folder, every=7,
         evaluate=lambda params: {"size": float(jnp.sum(params["w"] ** 2))},
         score=lambda metrics: min(metrics["step"], 35), trainable=case.trainable, **more,
     )  # fmt: skip
