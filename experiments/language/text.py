@@ -50,8 +50,8 @@ class Config:
     model: pathlib.Path | None = None
     """A folder of Hugging Face's form or a .gguf file; None for what `experiments.language.fetch` brought."""
 
-    objective: Literal["NPO", "unlikelihood"] = "NPO"
-    """The forget loss. Unlikelihood presses on what the model recites, and hardly on what it half knows."""
+    objective: Literal["unlikelihood", "NPO"] = "unlikelihood"
+    """The forget loss. NPO takes the text further from what it was, and unseen texts like it as well."""
 
     steps: int = 40
     """How many steps."""
