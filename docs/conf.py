@@ -71,7 +71,7 @@ def setup(app: Sphinx) -> None:
 
 
 def as_page_of_the_site(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Links to the studies lead to their copy; their tables are reached from their pages, not by searching."""
+    """Links lead to the copies of the studies; tables are reached from their pages, not by searching."""
     if not docname.startswith("experiments/"):
         source[0] = source[0].replace("../experiments/", "experiments/")
         return
