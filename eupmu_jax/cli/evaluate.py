@@ -99,7 +99,7 @@ def make_evaluate(apply: Any) -> Callable[..., dict[str, dict[str, float]]]:
     probabilities = in_batches(lambda logits, rows: jax.nn.softmax(logits), apply)
 
     def evaluate(params: Any, sets: Any, attack: bool = False) -> dict[str, dict[str, float]]:
-        """With what share of the forget set the attack takes for unseen, in percent."""
+        """With attack, also what share of the forget set is taken for unseen, in percent."""
         found = {}
         for name, rows in sets.items():
             nats, right = seen(params, rows)

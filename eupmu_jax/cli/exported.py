@@ -18,6 +18,7 @@ Apply = Callable[[PyTree, ArrayLike], jax.Array]
 
 FUNCTION, PARAMS = "apply.stablehlo", "params.safetensors"
 PLATFORMS = ("cpu", "cuda", "tpu")
+# Of a batch that is looked at, where a row has few logits and where it has many.
 ROWS_AT_ONCE, LOGITS_AT_ONCE = 256, 2**26
 KINDS = (jnp.floating, jnp.integer)
 # What jax.export itself puts into plain models. Others may call into the process, even with pointers.
