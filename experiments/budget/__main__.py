@@ -38,6 +38,8 @@ class Config:
 
 def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
     scale = study.SMOKE if config.smoke else study.FULL
+    if config.smoke:
+        command.compile_fast()
     base = CONFIGS["smoke"] if config.smoke else dataclasses.replace(FASHION_MNIST, data_dir=config.data_dir)
     testbed = make_testbed(base)
     path = resume or start_run(config.runs_dir, "budget", config)

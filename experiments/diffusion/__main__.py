@@ -1,10 +1,8 @@
 """A diffusion model forgets a class, and keeps what else it draws within a stated budget."""
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Literal
 
 from rich.console import Console
@@ -20,11 +18,6 @@ from experiments.shared import command
 from experiments.shared.records import open_records
 from experiments.shared.report import Origin, Section, note_session, read_origin, start_run, tables_of
 from experiments.shared.terminal import progress_bar
-
-FAST_COMPILING = "--xla_backend_optimization_level=0" + (
-    # Later versions do not have it, and XLA ends the process for a flag that it does not know.
-    " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
-)
 
 BOTH = ("digits", "fashion-mnist")
 COST_OF_CLOTHES = 2.5
@@ -72,8 +65,7 @@ class Config:
 
 def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
     if config.smoke:
-        # Nearly all of it is compiling, which takes a third of the time with these.
-        os.environ.setdefault("XLA_FLAGS", FAST_COMPILING)
+        command.compile_fast()
     path = resume or start_run(config.runs_dir, "diffusion", config, config.task)
     with command.working_in(path) as console:
         for section in (run_emoji if config.task == "emoji" else run_classes)(config, path, console):

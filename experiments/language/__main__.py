@@ -40,6 +40,8 @@ class Config:
 
 def main(config: Config, resume: pathlib.Path | None = None) -> pathlib.Path:
     scale = study.SMOKE if config.smoke else study.FULL
+    if config.smoke:
+        command.compile_fast()
     if config.all_methods:
         scale = scale._replace(methods=tuple(study.METHODS))
     source = config.model or model_path()
