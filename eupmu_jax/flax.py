@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
 from eupmu_jax.method import lagrangian as method
-from eupmu_jax.method.constraints import Constraint
+from eupmu_jax.method.constraints import Constraint, check_transformation
+from eupmu_jax.method.layouts import beside
 from eupmu_jax.method.losses import Losses
 from eupmu_jax.method.types import Numbers, PyTree
 from eupmu_jax.run.leaves import name_of
@@ -68,10 +70,18 @@ class TrainState(train_state.TrainState):
           The state with step 0 and the initial opt_state.
 
         Raises:
-          TypeError: a keyword that is no field of the state.
+          TypeError: tx is no transformation (of an optax.MultiSteps give its gradient_transformation());
+            a keyword that is no field of the state.
+          ValueError: params with Flax's collection of fp8 scales, which are no gradient's.
         """
+        check_transformation(tx, "tx")
+        if isinstance(params, Mapping) and OVERWRITE_WITH_GRADIENT in params:
+            raise ValueError(
+                f"params hold {OVERWRITE_WITH_GRADIENT!r}, the scales of fp8: train without them"
+            )
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
-        return state.replace(step=jnp.zeros([], jnp.int32))
+        step, opt_state = beside(params, (jnp.zeros([], jnp.int32), state.opt_state))
+        return state.replace(step=step, opt_state=opt_state)
 
     def apply_gradients(
         self,

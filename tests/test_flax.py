@@ -120,6 +120,14 @@ def test_train_state_serves_transformations_without_extra_args():
         state.apply_gradients(grads={"w": jnp.ones(2)}, batch_stats={})
 
 
+def test_train_state_refuses_what_it_would_not_serve():
+    with pytest.raises(TypeError, match="gradient_transformation"):
+        TrainState.create(apply_fn=None, params={}, tx=optax.MultiSteps(optax.sgd(0.1), 2))
+    scales = {"params": {"w": jnp.ones(2)}, "_overwrite_with_gradient": {"scale": jnp.ones(())}}
+    with pytest.raises(ValueError, match="fp8"):
+        TrainState.create(apply_fn=None, params=scales, tx=optax.sgd(0.1))
+
+
 class NNX(nnx.Module):
     def __init__(self, rngs):
         self.hidden = nnx.Linear(8, 32, rngs=rngs)

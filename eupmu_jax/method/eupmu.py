@@ -72,7 +72,8 @@ def eupmu(
         sees the same noise and dropout masks.
       inner: the optimiser that turns the direction into updates, for instance ``optax.sgd(1e-2)``.
         None is the identity: then eupmu is the first link of a chain (not with measure="lookahead").
-        Masks and partitions belong around inner, not around eupmu.
+        Masks and partitions belong around inner, not around eupmu. Leaves that should stay get
+        ``optax.set_to_zero()`` in an ``optax.partition``: ``optax.masked`` hands on what they are given.
       constraint: `Budget`, how much the retain loss may rise over the whole run, or `Tolerance`, how much in
         one step.
       initial_multiplier: lambda_0 >= 0 (> 0 for a budget), a scalar, or [K] for K utilities; its shape fixes
@@ -237,8 +238,9 @@ def _check_update_args(updates: PyTree, state: PyTree, params: PyTree, batch: Py
     if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
         raise ValueError(
             "eupmu sees only a part of params here, and losses_fn needs them all: instead of wrapping "
-            "eupmu in optax.masked or optax.partition wrap the inner optimiser, "
-            "eupmu(losses_fn, optax.masked(...), constraint)"
+            "eupmu in optax.masked or optax.partition wrap the inner optimiser, eupmu(losses_fn, "
+            "optax.partition({True: inner, False: optax.set_to_zero()}, mask), constraint); optax.masked "
+            "hands the other leaves' direction on as it is"
         )
     if not jax.tree.leaves(updates):
         return

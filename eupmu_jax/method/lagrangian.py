@@ -224,8 +224,10 @@ def saddle_point(
         good = stepped.skipped_steps == state.surgery.skipped_steps
 
         def inner_update(grads, inner_state):
-            moves, inner_state = optimizer.update(grads, inner_state, params.params, **extra_args)
-            return optax.tree.cast_like(moves, params.params), inner_state
+            moves, stepped = optimizer.update(grads, inner_state, params.params, **extra_args)
+            # An integer leaf's moments start as integers, and Adam's come back as floats; they are zero.
+            stepped = jax.tree.map(as_integer_where, stepped, inner_state)
+            return optax.tree.cast_like(moves, params.params), stepped
 
         moves, inner_state = committed(good, inner_update, grads, state.inner_state)
         ahead = weights_of(controller, stepped, params.weights.dtype) - params.weights
@@ -267,6 +269,11 @@ def as_losses(grads: jax.Array, surgery: SurgeryState) -> Losses:
             "weighted and saddle_point the same one, of the shape of the retain loss"
         )
     return Losses(grads[0], grads[1:].reshape(shape))
+
+
+def as_integer_where(new: Any, old: Any) -> Any:
+    was_integer = jnp.issubdtype(jnp.result_type(old), jnp.integer)
+    return new.astype(old.dtype) if was_integer and new.dtype != old.dtype else new
 
 
 def gradient_like(grad: Any, leaf: Any) -> jax.Array:

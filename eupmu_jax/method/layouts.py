@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from eupmu_jax.method.constraints import check_transformation
@@ -41,7 +42,8 @@ def training_step(
 
     Returns:
       (step, params, state). ``step(params, state, batch, **extra_args)`` -> (params, state,
-      surgery_info(state)), compiled once; params and state are donated, so keep what it returns.
+      surgery_info(state)), compiled once (twice where the batch alone is committed to a device); params
+      and state are donated, so keep what it returns.
       Arrays of a batch that are not on the mesh yet are put there; of several processes each gives its
       own rows.
 
@@ -70,7 +72,7 @@ def training_step(
         return optax.apply_updates(params, updates), state, surgery_info(state)
 
     if mesh is None:
-        params, state = owned(params), owned(tx.init(params))
+        params, state = owned(params), beside(params, owned(tx.init(params)))
         surgery_state(state)
         compiled = jax.jit(one_step, donate_argnums=(0, 1))
         return lambda params, state, batch, **extra: compiled(params, state, batch, extra), params, state
@@ -89,6 +91,19 @@ def training_step(
             return compiled(params, state, split(batch, specs, mesh), extra_args)
 
     return step, params, state
+
+
+def beside(params: PyTree, tree: PyTree) -> PyTree:
+    """`tree` on the device that params are committed to.
+
+    A step commits what it returns: the first and the second would be two programs.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
+        return tree
+    places = {leaf.sharding for leaf in leaves if leaf.committed}
+    is_one_device = len(places) == 1 and isinstance(next(iter(places)), SingleDeviceSharding)
+    return jax.device_put(tree, places.pop()) if is_one_device else tree
 
 
 def owned(tree: PyTree) -> PyTree:

@@ -70,12 +70,16 @@ def unilateral_projection(
     f = [leaf / f_scale for leaf in f]
     r = [leaf / r_scale.reshape((count,) + (1,) * (leaf.ndim - 1)) for leaf in r]
     gram = jnp.zeros([count, count], dtype)
-    slope = jnp.full([count], jnp.asarray(tolerance), dtype) / r_scale / f_scale
+    # XLA would divide by the product of the scales, which may underflow.
+    by_retain = jax.lax.optimization_barrier(jnp.full([count], jnp.asarray(tolerance), dtype) / r_scale)
+    slope = by_retain / f_scale
     for f_leaf, r_leaf in zip(f, r, strict=True):
         axes = tuple(range(1, r_leaf.ndim))
         slope += jnp.sum(r_leaf * f_leaf[None], axes)
         gram += jnp.sum(r_leaf[:, None] * r_leaf[None], tuple(axis + 1 for axis in axes))
-    scaled = solve_dual(gram, slope)
+    # What no multiplier can do for one utility must not take the others' away.
+    alone = slope / jnp.diagonal(gram) * (f_scale / r_scale)
+    scaled = solve_dual(gram, jnp.where(jnp.isfinite(alone), slope, jnp.inf))
 
     multiplier = scaled * (f_scale / r_scale)
     direction = [
@@ -122,11 +126,12 @@ def largest(leaves: list[jax.Array], count: int, dtype) -> jax.Array:
 def solve_dual(gram: jax.Array, slope: jax.Array) -> jax.Array:
     """argmin over lambda >= 0 of 1/2 lambda'G lambda + slope'lambda; G [K, K], slope [K].
 
-    Always finite: 0 where g_k = 0, and the least-violation compromise where no direction satisfies
-    all constraints.
+    Always finite: 0 where g_k = 0 or its slope overflows, and the least-violation compromise where no
+    direction satisfies all constraints.
     """
     diagonal = jnp.diagonal(gram)
-    nonzero = diagonal > 0
+    nonzero = (diagonal > 0) & jnp.isfinite(slope)
+    slope = jnp.where(nonzero, slope, jnp.zeros_like(slope))
     safe = jnp.where(nonzero, diagonal, jnp.ones_like(diagonal))
     if slope.size == 1:
         return jnp.where(nonzero, jnp.maximum(-slope / safe, 0), jnp.zeros_like(slope))
@@ -189,11 +194,13 @@ def nonnegative_qp(gram: jax.Array, slope: jax.Array) -> jax.Array:
 
         # In exact arithmetic it ends after finitely many sets; the bound is for what rounding may do.
         unfinished = lambda at: ~at.solved & (at.iterations < 10 * (slope.size + 1))
+        # All of slope, so that in shard_map they differ between devices where it does.
+        none = jnp.zeros_like(slope, bool)
         start = ActiveSet(
             x=jnp.zeros_like(slope),
-            passive=jnp.zeros(slope.shape, bool),
-            solved=jnp.asarray(False),
-            iterations=jnp.asarray(0, jnp.int32),
+            passive=none,
+            solved=jnp.any(none),
+            iterations=jnp.sum(none, dtype=jnp.int32),
         )
         return jnp.maximum(jax.lax.while_loop(unfinished, iteration, start).x, 0)
 

@@ -57,7 +57,8 @@ def npo(
       beta: the inverse temperature > 0. The paper uses 0.1.
 
     Returns:
-      [B], float32 or wider.
+      [B], float32 or wider. An example of which no token counts has the value at the reference, and no
+      gradient: leave it out with `masked_mean`.
 
     Raises:
       TypeError, ValueError: dtypes and shapes other than these; a beta that is not positive.
@@ -77,7 +78,7 @@ def npo(
         VALUES,
         [1],
     )
-    return _preference(value - reference, beta)
+    return _preference(value - reference, beta=beta)
 
 
 def simnpo(
@@ -115,11 +116,16 @@ def simnpo(
     check_shape("length", length, value.shape, "that of log_probability")
     length = jnp.asarray(length).astype(value.dtype)
     per_token = value / jnp.where(length > 0, length, 1)
-    return jnp.where(length > 0, _preference(per_token, beta, gamma), jnp.nan)
+    return jnp.where(length > 0, _preference(per_token, beta=beta, gamma=gamma), jnp.nan)
 
 
-def _preference(log_ratio: jax.Array, beta: float | jax.Array, gamma: float | jax.Array = 0.0) -> jax.Array:
+def _preference(
+    log_ratio: jax.Array, *, beta: float | jax.Array, gamma: float | jax.Array = 0.0
+) -> jax.Array:
     """-2 / beta log sigmoid(-beta log_ratio - gamma)."""
+    for name, value in {"beta": beta, "gamma": gamma}.items():
+        if np.ndim(value):
+            check_shape(name, value, log_ratio.shape, "a number, or one for each example")
     if not isinstance(beta, Tracer) and not np.all(np.asarray(beta) > 0):
         raise ValueError(f"beta must be > 0, got {beta}")
     return 2 / beta * jax.nn.softplus(beta * log_ratio + gamma)

@@ -36,7 +36,8 @@ def by_token(
       hidden: what the head is applied to, floating [B, T, D]. Those at t predict the labels at t: shift the
         labels.
       head: hidden states [n, D] to logits [n, V], closed over its parameters, which get their gradient. Tied
-        embeddings [V, D] are ``lambda h: h @ embedding.T``: no transposed copy is made.
+        embeddings [V, D] are ``lambda h: h @ embedding.T``: no transposed copy is made. Their gradient is
+        summed over the chunks in their own dtype: close over float32, and cast inside.
       *arrays: labels, targets and what else the objective takes, with leading axes [B, T]; pytrees as well.
       mask: bool [B, T], True for a token that counts; None for all. Where it is False, the hidden states and
         arrays may be anything: neither value nor gradient sees them.

@@ -163,16 +163,30 @@ def test_float32_projection_between_nearly_opposed_gradients(angle):
         assert np.all(-(g_r @ direction) <= 1e-4 * np.linalg.norm(g_r, axis=1) * np.linalg.norm(g_f))
 
 
+@pytest.mark.parametrize("project", [eu.unilateral_projection, jax.jit(eu.unilateral_projection)])
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
-def test_float32_projection_does_not_lose_a_constraint_to_overflow(scale):
+def test_float32_projection_does_not_lose_a_constraint_to_overflow(scale, project):
+    """Compiled, too, where XLA changes the order of divisions."""
     g_f, g_r = jnp.array([1.0, 1.0]), scale * jnp.array([-1.0, 0.0])
-    direction, multiplier = eu.unilateral_projection(g_f, g_r)
+    direction, multiplier = project(g_f, g_r)
     np.testing.assert_allclose(direction, [0.0, 1.0], atol=1e-6)
     np.testing.assert_allclose(multiplier, 1 / scale, rtol=1e-5)
-    direction, _ = eu.unilateral_projection(g_f * scale, jnp.array([-1.0, 0.0]))
+    direction, _ = project(g_f * scale, jnp.array([-1.0, 0.0]))
     np.testing.assert_allclose(direction / scale, [0.0, 1.0], atol=1e-6)
-    wide, _ = eu.unilateral_projection(jnp.ones(100_000), jnp.full(100_000, -3e16))
+    direction, _ = project(g_f * scale, g_r)
+    np.testing.assert_allclose(direction / scale, [0.0, 1.0], atol=1e-6)
+    wide, _ = project(jnp.ones(100_000), jnp.full(100_000, -3e16))
     np.testing.assert_allclose(wide, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("project", [eu.unilateral_projection, jax.jit(eu.unilateral_projection)])
+@pytest.mark.parametrize("tolerance", [0.0, -0.01])
+def test_a_utility_without_a_gradient_to_speak_of_takes_no_other_constraint_away(tolerance, project):
+    g_f, g_r = 1e-3 * jnp.array([1.0, 1.0]), jnp.array([[-1.0, 0.0], [0.0, -1e-37]])
+    direction, multiplier = project(g_f, g_r, jnp.array([0.0, tolerance]))
+    np.testing.assert_allclose(direction[0], 0.0, atol=1e-9)
+    np.testing.assert_allclose(multiplier[0], 1e-3, rtol=1e-5)
+    assert jnp.all(jnp.isfinite(direction))
 
 
 def test_a_multiplier_that_overflows_is_not_applied():

@@ -185,10 +185,11 @@ def small():
     return losses_fn, {"w": jnp.array([0.5, -0.5]), "n": jnp.array(3), "frozen": None}
 
 
+@pytest.mark.parametrize("inner", [optax.sgd(0.1), optax.sgd(0.1, momentum=0.9), optax.adamw(0.1)])
 @pytest.mark.parametrize("constraint", [eu.Tolerance(0.01), eu.Budget(0.3, baseline=1.0)], ids=repr)
-def test_integer_and_missing_leaves_stay(constraint):
+def test_integer_and_missing_leaves_stay(constraint, inner):
     losses_fn, params = small()
-    tx = eu.saddle_point(optax.sgd(0.1), constraint)
+    tx = eu.saddle_point(inner, constraint)
     weighted = eu.weighted(params, constraint)
     state = tx.init(weighted)
     grads = jax.grad(eu.lagrangian(losses_fn), allow_int=True)(weighted, 1.0)

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import eupmu_jax as eu
+from eupmu_jax.flax import TrainState
 from tests.costs import cost, count, eupmu_step, mlp
 from tests.parity import KINDS, STEPS, make_step, problem, run
 from tests.representatives import slow_unless
@@ -51,6 +52,19 @@ def test_one_program_that_leaves_the_callers_arrays_alone(mesh):
     assert int(info.skipped_steps) == 0
     assert jax.tree.map(lambda leaf: leaf.sharding, (params, state)) == placed
     np.testing.assert_array_equal(PARAMS["w"], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("inner", [optax.sgd(0.1), optax.adam(0.1)])
+def test_committed_parameters_start_where_the_step_ends(inner):
+    """Else the second step would be compiled anew."""
+    params = jax.device_put(PARAMS, jax.devices()[1])
+    step, *at = eu.training_step(eu.eupmu(losses_fn, inner, TOLERANCE), params)
+    committed = lambda tree: jax.tree.map(lambda leaf: (leaf.committed, leaf.sharding), tree)
+    before = committed(at)
+    *after, _ = step(*at, {"x": np.ones((4, 2), np.float32), "key": jax.random.key(0)})
+    assert committed(after) == before
+    state = TrainState.create(apply_fn=None, params=params, tx=inner)
+    assert all(leaf.committed for leaf in jax.tree.leaves((state.step, state.opt_state)))
 
 
 def test_a_spec_for_each_part_of_the_batch():

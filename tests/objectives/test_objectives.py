@@ -513,6 +513,16 @@ LOGITS, LABELS, MASK = np.zeros((2, 3, 4)), np.zeros((2, 3), int), np.ones((2, 3
             r"log_probability must have the shape \[B\]",
         ),
         (lambda: objectives.npo(LOGITS[0, 0], LOGITS[0, 0], 0), ValueError, "beta must be > 0, got 0"),
+        (
+            lambda: objectives.npo(LOGITS[0, 0], LOGITS[0, 0], np.ones((3, 1))),
+            ValueError,
+            "beta must have the",
+        ),
+        (
+            lambda: objectives.simnpo(LOGITS[0, 0], np.ones(4), 1.0, np.ones((4, 1))),
+            ValueError,
+            "gamma must have the shape",
+        ),
         (lambda: objectives.npo(LOGITS[0, 0], LOGITS[0, 0], np.nan), ValueError, "beta must be > 0, got nan"),
         (lambda: objectives.simnpo(LOGITS[0, 0], np.ones(3), 1.0), ValueError, r"length must.*\(4,\)"),
         (lambda: objectives.simnpo(LOGITS[0, 0], np.ones(4), -1.0), ValueError, "beta must be > 0, got -1"),
