@@ -152,6 +152,17 @@ def test_float32_projection_is_near_the_float64_one(kind, utilities):
         assert np.linalg.norm(direction - np.asarray(exact)) <= 1e-3 * np.linalg.norm(g_f)
 
 
+def test_each_device_may_project_for_a_model_of_its_own():
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    rng = np.random.default_rng(0)
+    g_f, g_r = jnp.asarray(rng.normal(size=(8, 5))), jnp.asarray(rng.normal(size=(8, 2, 5)))
+    own = lambda f, r: eu.unilateral_projection(f[0], r[0])[0][None]
+    spec = jax.sharding.PartitionSpec("model")
+    each = jax.shard_map(own, mesh=mesh, in_specs=(spec, spec), out_specs=spec)(g_f, g_r)
+    one_by_one = [eu.unilateral_projection(f, r)[0] for f, r in zip(g_f, g_r, strict=True)]
+    np.testing.assert_allclose(each, one_by_one, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("angle", [1e-1, 3e-2, 1e-2])
 def test_float32_projection_between_nearly_opposed_gradients(angle):
     rng = np.random.default_rng(0)
