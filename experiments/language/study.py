@@ -108,7 +108,7 @@ class Scale(NamedTuple):
 
 
 FULL = Scale(58, 4, 4, 16, 16, 8, 22, 3e-4, 16, 1e-4, 1e-3, 6, 1e-4, DEFAULT_METHODS)
-SMOKE = Scale(192, 2, 2, 2, 4, 2, 40, 1e-2, 3, 1e-3, 1e-2, 3, 1e-3, SMOKE_METHODS)
+SMOKE = Scale(192, 2, 2, 2, 4, 2, 24, 1e-2, 3, 1e-3, 1e-2, 3, 1e-3, SMOKE_METHODS)
 MIXED_IN = 4
 """Rows of prose beside the people in a step of implanting."""
 

@@ -75,15 +75,15 @@ class Case(NamedTuple):
 
 TWO_SETS = [{"a": rows(46, 3), "b": rows(30, 5)}, {"a": rows(43, 4), "b": rows(28, 6)}]
 CASES = {
-    "budget, even": Case(retain=[rows(48, 3), rows(48, 4)], constraint=eu.Budget(0.02), interleaved=True),
+    "budget, even, explicit axes": Case(
+        retain=[rows(48, 3), rows(48, 4)], constraint=eu.Budget(0.02), axes=AxisType.Explicit,
+        interleaved=True,
+    ),
     "budget, uneven": Case(retain=[rows(46, 3), rows(43, 4)], constraint=eu.Budget(0.02)),
     "several sets, sharded": Case(retain=TWO_SETS, constraint=eu.Budget([0.02, 0.05]), spec=P("data")),
     "tolerance": Case(
         retain=[rows(46, 3), rows(43, 4)], constraint=eu.Tolerance(0.0, measure="lookahead"), mesh=(4, 2),
         spec=P(None, "model"), trainable=lambda path: path == "w",
-    ),
-    "explicit axes": Case(
-        retain=[rows(46, 3), rows(43, 4)], constraint=eu.Budget(0.02), axes=AxisType.Explicit
     ),
     "one model in both": Case(
         retain=[rows(89, 3)] * 2, constraint=eu.Budget(0.02), mesh=(4, 2), spec=P(None, "model"),
