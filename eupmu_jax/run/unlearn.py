@@ -376,9 +376,8 @@ def _check_losses(
     losses_fn: LossesFn, params: PyTree, batch: PyTree, name: str, utilities: tuple[int, ...]
 ) -> None:
     """ValueError unless losses_fn takes rows of that name as it takes those of retain."""
-    batch = batch | {"key": jax.random.key(0)}
     try:
-        shape = jax.eval_shape(lambda p, b: as_means(losses_fn(p, b)).retain, params, batch).shape
+        shape = _retain_shape(losses_fn, params, batch)
     except Exception as error:
         raise ValueError(
             f"{name} must hold rows like those of retain, which losses_fn takes: {error}"
@@ -389,11 +388,15 @@ def _check_losses(
 
 def _utilities(losses_fn: LossesFn, params: PyTree, batch: PyTree, sets: RetainSets) -> tuple[int, ...]:
     """The shape of the retain loss, () or (K,)."""
-    batch = batch | {"key": jax.random.key(0)}
-    shape = jax.eval_shape(lambda p, b: as_means(losses_fn(p, b)).retain, params, batch).shape
+    shape = _retain_shape(losses_fn, params, batch)
     if len(sets.sets) > 1 and shape != (len(sets.sets),):
         raise ValueError(
             f"retain holds {len(sets.sets)} sets, one for each utility, so that losses_fn must return a "
             f"retain loss of shape ({len(sets.sets)},), got {shape}; arrays of one set have one length"
         )
     return shape
+
+
+def _retain_shape(losses_fn: LossesFn, params: PyTree, batch: PyTree) -> tuple[int, ...]:
+    batch = batch | {"key": jax.random.key(0)}
+    return jax.eval_shape(lambda p, b: as_means(losses_fn(p, b)).retain, params, batch).shape
